@@ -1,0 +1,47 @@
+# make setup   an environment in .venv with torch and this package
+# make demo    dense against focus on the bundled model
+# make test    every test that needs no GPU
+# make lint    ruff and mypy
+
+PYTHON ?= python3
+VENV   ?= .venv
+# What to install where the environment has no torch yet. Examples:
+#   make setup TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+#   make setup VENV_FLAGS=--system-site-packages       (use the torch the machine already has)
+TORCH  ?= torch==2.13.0
+VENV_FLAGS ?=
+PYTEST_FLAGS ?= -n 2
+DEMO_FLAGS ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.focus-compile-installed
+
+.PHONY: setup demo test lint format clean
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "focus-compile needs Python 3.11 or newer; name one: make setup PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python -m focus_compile demo $(DEMO_FLAGS)
+
+# One thread a worker: the workers already use the cores.
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
