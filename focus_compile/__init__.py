@@ -1,0 +1,25 @@
+"""focus_compile: a torch.compile backend that makes diffusion language models fast.
+
+    model = torch.compile(model, backend="focus", options={"mask_token_id": 3})
+"""
+
+from focus_compile.config import FocusConfig
+from focus_compile.errors import FocusError, OptionError, RefusalError, SelfCheckError
+from focus_compile.explain import Explanation, explain
+from focus_compile.fallback import FocusWarning
+from focus_compile.frontend import compile
+from focus_compile.runtime.record import StepRecord, record
+
+__all__ = [
+    "Explanation",
+    "FocusConfig",
+    "FocusError",
+    "FocusWarning",
+    "OptionError",
+    "RefusalError",
+    "SelfCheckError",
+    "StepRecord",
+    "compile",
+    "explain",
+    "record",
+]

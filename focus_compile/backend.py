@@ -1,0 +1,132 @@
+"""What `torch.compile(model, backend="focus")` calls.
+
+Loading this module is what selecting the backend costs: the compiler, not Triton or transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from focus_compile.capture import Capture, CaptureRefused, capture, copy_graph_module
+from focus_compile.config import FocusConfig
+from focus_compile.fallback import forget, refuse
+from focus_compile.pipeline import Pipeline, build_programs, plan_graph
+from focus_compile.plan import Plan, Refusal
+from focus_compile.runtime.dispatch import Dispatcher
+from focus_compile.runtime.exact import ExactOnly
+from focus_compile.runtime.programs import Programs
+from focus_compile.runtime.store import STORE
+
+__all__ = ["BackendCall", "compile_graph", "focus"]
+
+log = logging.getLogger(__name__)
+
+IGNORED_LOGGING = (warnings.warn, getattr(logging.Logger, "warning_once", warnings.warn))
+"""Calls in transformers' forwards that would break the graph and change nothing in it."""
+torch._dynamo.config.ignore_logging_functions.update(IGNORED_LOGGING)
+
+
+class BackendCall:
+    """One graph that Dynamo handed over: its plan, or the reason why there is none."""
+
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], config: FocusConfig):
+        self.config = config
+        self.captured: Capture | None = None
+        self.pipeline: Pipeline | None = None
+        self.plan: Plan | None = None
+        self.refusals: tuple[Refusal, ...] = ()
+        started = time.perf_counter()
+        self._analyse(gm, example_inputs)
+        log.info("capture and analysis took %.2f s", time.perf_counter() - started)
+
+    def _analyse(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+        reason = _why_no_plan(example_inputs, self.config)
+        if reason is not None:
+            self.refusals = (reason,)
+            return
+        try:
+            self.captured = capture(gm, example_inputs)
+        except CaptureRefused as refused:
+            self.refusals = (refused.refusal,)
+            return
+        self.pipeline, self.plan = plan_graph(self.captured, self.config)
+        self.refusals = self.plan.refusals
+
+
+def _why_no_plan(example_inputs: Sequence[Any], config: FocusConfig) -> Refusal | None:
+    if torch.is_grad_enabled() and any(
+        isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
+    ):
+        return Refusal("gradients are enabled", remedy="Decode under torch.no_grad().")
+    if config.mask_token_id is None and config.policy != "exact":
+        return Refusal(
+            "no mask_token_id is known",
+            remedy='Pass options={"mask_token_id": ...}, or use focus_compile.compile(model).',
+        )
+    return None
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: FocusConfig
+) -> Callable[..., Any]:
+    """The callable that replaces `gm`: a dispatcher, or plain Inductor with a reported reason."""
+    if config.policy == "exact" and not config.dryrun:
+        return _plain(gm, example_inputs, config, 'policy="exact"')
+    original = copy_graph_module(gm)
+    call = BackendCall(gm, example_inputs, config)
+    if config.dryrun:
+        print(call.plan or "\n".join(f"plan: exact program: {r}" for r in call.refusals))
+        return _plain(original, example_inputs, config, "dryrun=True")
+    if call.refusals or call.plan is None or call.captured is None or call.pipeline is None:
+        reason = refuse(str(call.refusals[0]), strict=config.strict)
+        return _plain(original, example_inputs, config, reason)
+    graphs = build_programs(call.pipeline, call.plan)
+    programs = Programs.build(call.captured, graphs, call.plan, config)
+    return Dispatcher(call.captured, call.plan, programs, config)
+
+
+def _plain(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: FocusConfig, why: str
+) -> ExactOnly:
+    """The user's graph through Inductor, as `torch.compile(model)` would have it."""
+    if config.lowering == "eager":
+        return ExactOnly(gm.forward, why)
+    from torch._inductor.compile_fx import compile_fx
+
+    return ExactOnly(compile_fx(gm, list(example_inputs)), why)
+
+
+def focus(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The backend `"focus"`: entry point of the group `torch_dynamo_backends`.
+
+    Args:
+        options: fields of FocusConfig, as in `torch.compile(model, backend="focus", options={})`.
+        mode: a policy name, as in `torch.compile(model, backend="focus", mode="dual-cache")`.
+
+    Raises:
+        OptionError: an unknown or invalid option.
+        RefusalError: with `strict=True`, where the exact program would run.
+    """
+    return compile_graph(gm, example_inputs, FocusConfig.from_options(options, mode=mode))
+
+
+def _reset() -> None:
+    """Called by `torch.compiler.reset()`: frees all state."""
+    STORE.clear()
+    forget()
+
+
+focus.reset = _reset  # type: ignore[attr-defined]

@@ -1,0 +1,213 @@
+"""Options: one frozen dataclass, validated, with presets and environment mirrors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from focus_compile.errors import OptionError
+
+__all__ = ["POLICIES", "FocusConfig"]
+
+POLICIES = ("focus-dllm", "dual-cache", "prefix-cache", "exact")
+REFRESH_WORDS = ("block", "every-step")
+LOWERINGS = ("inductor", "eager")
+ENVIRONMENT_PREFIX = "FOCUS_COMPILE_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FocusConfig:
+    """The options of `torch.compile(model, backend="focus", options={...})`.
+
+    Values larger than the sequence mean "everything". Sources: Focus-dLLM (arXiv 2602.02159) for
+    expansion, window, keep_ratio and dense_layers; docs/selection-study.md for sink_tokens and
+    key_block, which the paper does not publish.
+    """
+
+    policy: str = "focus-dllm"
+    """Which rows, keys and depth each step computes: one of `POLICIES`. Also a `mode=`."""
+    mask_token_id: int | None = None
+    """Id of the token that marks an undecided position. Without it every call is exact."""
+    block_length: int = 32
+    """Tokens per decode block of the user's semi-autoregressive loop."""
+    dense_layers: int | None = None
+    """l_dense: layers before the sink capture that read all keys. None: 6, or a third of the
+    layers in a model of fewer than 18."""
+    dense_tail_layers: int = 0
+    """Last layers that read all keys (the paper uses 4 for Dream-7B)."""
+    expansion: int = 4
+    """rho: focus rows per token decoded in the previous call."""
+    window: int = 8
+    """w: total width, in tokens, of the window of active rows around each focus row."""
+    keep_ratio: float = 0.5
+    """alpha: share of the prompt's key blocks that a sparse layer reads."""
+    sink_tokens: int = 16
+    """Prompt positions kept in every sparse layer because they attract attention."""
+    key_block: int = 32
+    """Tokens per prompt block of the key selection."""
+    refresh: str | int = "block"
+    """When all rows are recomputed: at decode "block" entry, at "every-step", or every n calls."""
+    buckets: tuple[int, ...] | None = None
+    """Row counts, ascending, that a step is padded to. None: powers of two from 8."""
+    strict: bool = False
+    """Raise instead of running the exact program when a model or a call is refused."""
+    dryrun: bool = False
+    """Print the plan and run every call exactly."""
+    lowering: str = "inductor"
+    """What runs the programs: "inductor", or "eager" (op by op, for debugging)."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.buckets, list):
+            object.__setattr__(self, "buckets", tuple(self.buckets))
+        for field in dataclasses.fields(self):
+            _CHECKS[field.name](field.name, getattr(self, field.name))
+
+    @classmethod
+    def from_options(
+        cls,
+        options: Mapping[str, Any] | None = None,
+        *,
+        mode: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> FocusConfig:
+        """Options win over the environment, which wins over the defaults.
+
+        Args:
+            options: field names to values, as given to `torch.compile(options=...)`.
+            mode: a policy name, as given to `torch.compile(mode=...)`.
+            environment: mirrors `FOCUS_COMPILE_<FIELD>`; `os.environ` if None.
+
+        Raises:
+            OptionError: an unknown name (with the closest known one) or a bad value.
+        """
+        values = _from_environment(os.environ if environment is None else environment)
+        if mode is not None and mode != "default":
+            if mode not in POLICIES:
+                raise OptionError.unknown(mode, POLICIES, kind="mode")
+            values["policy"] = mode
+        fields = {field.name for field in dataclasses.fields(cls)}
+        for name, value in (options or {}).items():
+            if name not in fields:
+                raise OptionError.unknown(str(name), fields)
+            values[name] = value
+        return cls(**values)
+
+    def dense_layers_for(self, layers: int) -> int:
+        """l_dense in a model of `layers` attention sites."""
+        if self.dense_layers is not None:
+            return min(self.dense_layers, layers)
+        return 6 if layers >= 18 else layers // 3
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON types."""
+        values = dataclasses.asdict(self)
+        values["buckets"] = None if self.buckets is None else list(self.buckets)
+        return values
+
+
+def _expect(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise OptionError.invalid(name, value, expected)
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _whole(least: int, *, optional: bool = False) -> Any:
+    def check(name: str, value: object) -> None:
+        if optional and value is None:
+            return
+        _expect(_is_int(value, least), name, value, f"a whole number >= {least}")
+
+    return check
+
+
+def _flag(name: str, value: object) -> None:
+    _expect(isinstance(value, bool), name, value, "True or False")
+
+
+def _one_of(known: tuple[str, ...]) -> Any:
+    def check(name: str, value: object) -> None:
+        if isinstance(value, str) and value not in known:
+            raise OptionError.unknown(value, known, kind=name)
+        _expect(isinstance(value, str), name, value, f"one of {', '.join(known)}")
+
+    return check
+
+
+def _ratio(name: str, value: object) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    inside = number and math.isfinite(value) and 0 <= value <= 1  # type: ignore[operator, arg-type]
+    _expect(inside, name, value, "a share between 0 and 1")
+
+
+def _refresh(name: str, value: object) -> None:
+    if isinstance(value, str) and value not in REFRESH_WORDS:
+        raise OptionError.unknown(value, REFRESH_WORDS, kind=name)
+    expected = '"block", "every-step" or a number of calls >= 1'
+    _expect(isinstance(value, str) or _is_int(value, 1), name, value, expected)
+
+
+def _buckets(name: str, value: object) -> None:
+    if value is None:
+        return
+    ascending = (
+        isinstance(value, tuple)
+        and len(value) > 0
+        and all(_is_int(count, 2) for count in value)
+        and all(a < b for a, b in zip(value, value[1:], strict=False))
+    )
+    _expect(ascending, name, value, "ascending row counts >= 2, such as [32, 64, 128]")
+
+
+_CHECKS: dict[str, Any] = {
+    "policy": _one_of(POLICIES),
+    "mask_token_id": _whole(0, optional=True),
+    "block_length": _whole(1),
+    "dense_layers": _whole(0, optional=True),
+    "dense_tail_layers": _whole(0),
+    "expansion": _whole(1),
+    "window": _whole(1),
+    "keep_ratio": _ratio,
+    "sink_tokens": _whole(0),
+    "key_block": _whole(1),
+    "refresh": _refresh,
+    "buckets": _buckets,
+    "strict": _flag,
+    "dryrun": _flag,
+    "lowering": _one_of(LOWERINGS),
+}
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Fields set by `FOCUS_COMPILE_<FIELD>`, parsed by the field's type."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(FocusConfig):
+        name = ENVIRONMENT_PREFIX + field.name.upper()
+        if name in environment:
+            values[field.name] = _parse(name, str(field.type), environment[name])
+    return values
+
+
+def _parse(name: str, kind: str, text: str) -> Any:
+    if "None" in kind and text.lower() in ("", "none"):
+        return None
+    try:
+        if kind == "bool":
+            return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
+        if kind.startswith("tuple"):
+            return tuple(int(part) for part in text.split(","))
+        if kind == "float":
+            return float(text)
+        if kind == "str | int":
+            return int(text) if text.lstrip("-").isdigit() else text
+        if kind.startswith("int"):
+            return int(text)
+    except (ValueError, KeyError):
+        raise OptionError.invalid(name, text, f"a value of type {kind}") from None
+    return text

@@ -1,0 +1,40 @@
+"""Every failure a user can meet, one class each: what happened, where, what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["FocusError", "OptionError", "PassError", "RefusalError", "SelfCheckError"]
+
+
+class FocusError(Exception):
+    """Base of every error that focus_compile raises on purpose."""
+
+
+class OptionError(FocusError, ValueError):
+    """An option is unknown, of the wrong type, or out of range."""
+
+    @classmethod
+    def unknown(cls, name: str, known: Iterable[str], *, kind: str = "option") -> OptionError:
+        """Names the closest known spelling, or lists them all."""
+        known = sorted(known)
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}."
+        return cls(f"focus_compile: unknown {kind} {name!r}; {hint}")
+
+    @classmethod
+    def invalid(cls, name: str, value: object, expected: str) -> OptionError:
+        return cls(f"focus_compile: option {name}={value!r} is not valid; expected {expected}.")
+
+
+class RefusalError(FocusError, RuntimeError):
+    """`strict=True` and the exact program would have run where an incremental one was asked for."""
+
+
+class SelfCheckError(FocusError, RuntimeError):
+    """The first run of a plan disagreed with the model's own forward."""
+
+
+class PassError(FocusError, RuntimeError):
+    """A graph pass left an invalid graph behind: a bug of ours, with the stage that shows it."""

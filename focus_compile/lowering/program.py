@@ -1,0 +1,167 @@
+"""A program: one graph compiled by Inductor, reused for every size it was proven for.
+
+Sizes that may change (the active rows, and what Dynamo traced symbolically) are symbols of a shape
+environment of the program's own. Whatever Inductor assumes of them becomes a guard that is checked
+before an artifact is reused; a size outside every guard compiles one more artifact.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._dynamo.source import LocalSource
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from focus_compile.capture import copy_graph_module
+
+__all__ = ["InputSpec", "Program"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a program's input looks like: its sizes as numbers or expressions of symbols.
+
+    shape None: a number, `size`. static: lives at the same address in every call (weights, state).
+    """
+
+    name: str
+    shape: tuple[sympy.Expr, ...] | None
+    size: sympy.Expr | None = None
+    static: bool = False
+    source: Any = None
+    tensor_dict: dict[str, Any] | None = None
+
+
+@dataclass
+class _Artifact:
+    run: Callable[..., Any]
+    guard: str | None
+    environment: ShapeEnv
+
+
+@dataclass
+class Program:
+    """`graph` with `inputs`, compiled lazily; call it with the inputs in order."""
+
+    name: str
+    graph: fx.GraphModule
+    inputs: Sequence[InputSpec]
+    lowering: str = "inductor"
+    compilations: int = 0
+    compile_seconds: float = 0.0
+    _artifacts: list[_Artifact] = field(default_factory=list)
+    _by_sizes: dict[tuple[int, ...], _Artifact] = field(default_factory=dict)
+    _symbols: list[tuple[sympy.Symbol, int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        seen: set[sympy.Symbol] = set()
+        for at, spec in enumerate(self.inputs):
+            sizes = [spec.size] if spec.shape is None else list(spec.shape)
+            for axis, size in enumerate(sizes):
+                if isinstance(size, sympy.Symbol) and size not in seen:
+                    seen.add(size)
+                    self._symbols.append((size, at, -1 if spec.shape is None else axis))
+
+    def __call__(self, *args: Any) -> tuple[Any, ...]:
+        sizes = tuple(args[at] if axis < 0 else args[at].shape[axis] for _, at, axis in self._symbols)
+        artifact = self._by_sizes.get(sizes)
+        if artifact is None:
+            artifact = self._find(sizes) or self._compile(sizes, args)
+            self._by_sizes[sizes] = artifact
+        return tuple(artifact.run(*args))
+
+    def _find(self, sizes: tuple[int, ...]) -> _Artifact | None:
+        for artifact in self._artifacts:
+            guard = artifact.guard
+            if guard is None or artifact.environment.evaluate_guards_expression(guard, sizes):
+                return artifact
+        return None
+
+    def _compile(self, sizes: tuple[int, ...], args: Sequence[Any]) -> _Artifact:
+        started = time.perf_counter()
+        if self.lowering == "eager":
+            run = copy_graph_module(self.graph)
+            artifact = _Artifact(run, None, ShapeEnv())
+        else:
+            artifact = self._compile_with_inductor(sizes, args)
+        self._artifacts.append(artifact)
+        self.compilations += 1
+        self.compile_seconds += time.perf_counter() - started
+        log.info("%s: compiled for %s in %.1f s", self.name, sizes, time.perf_counter() - started)
+        return artifact
+
+    def _compile_with_inductor(self, sizes: tuple[int, ...], args: Sequence[Any]) -> _Artifact:
+        environment = ShapeEnv()
+        mode = FakeTensorMode(shape_env=environment, static_shapes=False)
+        symbols = self._fresh_symbols(environment, sizes)
+        with mode:
+            fakes = [_fake(spec, arg, symbols) for spec, arg in zip(self.inputs, args, strict=True)]
+        graph = self._stamped(fakes)
+        with tracing(TracingContext(mode)), torch.no_grad():
+            run = compile_fx(graph, fakes)
+        numbers = [s for s in symbols.values() if isinstance(s, torch.SymInt)]
+        free = environment.guards
+        guard = None
+        if numbers and free:
+            guard = environment.produce_guards_expression(
+                [s if isinstance(s, torch.SymInt) else s for s in symbols.values()], guards=free
+            )
+        return _Artifact(run, guard, environment)
+
+    def _fresh_symbols(
+        self, environment: ShapeEnv, sizes: tuple[int, ...]
+    ) -> dict[sympy.Symbol, Any]:
+        fresh: dict[sympy.Symbol, Any] = {}
+        for number, ((symbol, _, _), hint) in enumerate(zip(self._symbols, sizes, strict=True)):
+            source = LocalSource(f"t{number}")
+            expression = environment.create_symbol(
+                hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+            )
+            fresh[symbol] = environment.create_symintnode(expression, hint=hint, source=source)
+        return fresh
+
+    def _stamped(self, fakes: list[Any]) -> fx.GraphModule:
+        """A copy that Inductor may change, with its inputs marked as Dynamo marks them."""
+        graph = copy_graph_module(self.graph)
+        placeholders = graph.graph.find_nodes(op="placeholder")
+        for node, spec, fake in zip(placeholders, self.inputs, fakes, strict=True):
+            marks = dict(spec.tensor_dict or {})
+            if spec.static:
+                marks.setdefault("_dynamo_static_input_type", "unguarded")
+            node.meta = {"tensor_dict": marks, "example_value": fake}
+            node._dynamo_source = spec.source  # type: ignore[attr-defined]
+        graph._param_name_to_source = {}  # type: ignore[assignment]
+        return graph
+
+
+def _fake(spec: InputSpec, value: Any, symbols: dict[sympy.Symbol, Any]) -> Any:
+    """A fake tensor (or size) of the program's own shape environment."""
+    if spec.shape is None:
+        assert spec.size is not None
+        return _evaluate(spec.size, symbols)
+    sizes = [_evaluate(size, symbols) for size in spec.shape]
+    if value.is_contiguous():
+        return torch.empty(sizes, dtype=value.dtype, device=value.device)
+    return torch.empty_strided(sizes, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def _evaluate(size: sympy.Expr, symbols: dict[sympy.Symbol, Any]) -> Any:
+    if size.is_Integer:
+        return int(size)
+    if isinstance(size, sympy.Symbol):
+        return symbols[size]
+    return sympy_interp(PythonReferenceAnalysis, symbols, size)

@@ -1,0 +1,116 @@
+"""Masks that are known before any call: all-True ones are dropped, causal ones are refused.
+
+A mask is known where nothing but sizes and constants leads to it; masks that also read integer or
+bool inputs (padding) are evaluated with ones, to recognise causality only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from focus_compile.passes.graph_tools import concrete, tensor_of, user_line
+from focus_compile.plan import Refusal
+
+__all__ = ["FoldConstantMasks"]
+
+MASK = 3
+LARGEST = 1 << 27
+"""Masks of more elements than this are not evaluated."""
+
+
+@dataclass(frozen=True)
+class FoldConstantMasks:
+    """Needs: canonical attention sites."""
+
+    name: ClassVar[str] = "fold-constant-masks"
+    causal: list[Refusal] = field(default_factory=list)
+
+    def apply(self, gm: fx.GraphModule) -> int:
+        """Number of masks dropped."""
+        dropped = 0
+        known: dict[fx.Node, tuple[bool, bool]] = {}
+        for site in gm.graph.find_nodes(
+            op="call_function", target=torch.ops.focus_compile.attention.default
+        ):
+            mask = site.args[MASK]
+            if not isinstance(mask, fx.Node):
+                continue
+            if mask not in known:
+                known[mask] = _judge(gm, mask)
+            trivial, causal = known[mask]
+            if causal:
+                where = f"{site.name}, {user_line(site)}"
+                self.causal.append(Refusal("causal attention (explicit mask)", where))
+            if trivial:
+                site.update_arg(MASK, None)
+                dropped += 1
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+        return dropped
+
+
+def _judge(gm: fx.GraphModule, mask: fx.Node) -> tuple[bool, bool]:
+    """(keeps everything at every call, hides every later key from every query)."""
+    order = _ancestors(mask)
+    inputs = [n for n in order if n.op == "placeholder"]
+    fake = tensor_of(mask)
+    assert fake is not None
+    elements = 1
+    for size in fake.shape:
+        elements *= concrete(size)
+    readable = all(_stands_in(n) is not None for n in inputs)
+    if not readable or elements > LARGEST:
+        return False, False
+    value = _evaluate(gm, order, mask)
+    constant = not inputs and not any(isinstance(s, torch.SymInt) for s in fake.shape)
+    keeps = value if value.dtype == torch.bool else value > torch.finfo(value.dtype).min / 4
+    if value.dtype != torch.bool and constant:
+        return bool((value == 0).all()), _is_causal(keeps)
+    return constant and bool(keeps.all()), _is_causal(keeps)
+
+
+def _is_causal(keeps: torch.Tensor) -> bool:
+    if keeps.dim() < 2 or keeps.shape[-1] != keeps.shape[-2] or keeps.shape[-1] < 2:
+        return False
+    return not bool(keeps.triu(1).any()) and bool(keeps.any())
+
+
+def _ancestors(node: fx.Node) -> list[fx.Node]:
+    seen: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current not in seen:
+            seen.add(current)
+            pending.extend(current.all_input_nodes)
+    return [n for n in node.graph.nodes if n in seen]
+
+
+def _stands_in(node: fx.Node) -> Any:
+    """A value to evaluate with: the hint of a size, ones for an integer or bool input."""
+    value = node.meta.get("val")
+    if isinstance(value, (int, torch.SymInt)):
+        return concrete(value)
+    if isinstance(value, torch.Tensor) and not value.dtype.is_floating_point:
+        return torch.ones([concrete(size) for size in value.shape], dtype=value.dtype)
+    return None
+
+
+def _evaluate(gm: fx.GraphModule, order: list[fx.Node], mask: fx.Node) -> torch.Tensor:
+    environment: dict[fx.Node, Any] = {}
+    for node in order:
+        if node.op == "placeholder":
+            environment[node] = _stands_in(node)
+        elif node.op == "get_attr":
+            environment[node] = getattr(gm, str(node.target)).cpu()
+        else:
+            args = fx.map_arg(node.args, environment.__getitem__)
+            kwargs = dict(fx.map_arg(node.kwargs, environment.__getitem__))
+            if "device" in kwargs:
+                kwargs["device"] = torch.device("cpu")
+            environment[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return environment[mask]

@@ -1,0 +1,144 @@
+"""Dynamo-level pass: the flex_attention higher-order op becomes SDPA with a dense mask.
+
+Assumes the identity score_mod and an unused log-sum-exp; other uses stay, and export refuses them.
+The block mask's builder (vmap nodes) goes with it: only its mask_mod is kept, applied to aranges.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+__all__ = ["NormalizeFlexAttention"]
+
+MASK_MOD = -1
+"""The block mask tuple has 13 entries on torch 2.11 and 17 on 2.13; mask_mod is always last."""
+
+
+@dataclass(frozen=True)
+class NormalizeFlexAttention:
+    """Replace `flex_attention(q, k, v, identity, block_mask)` by SDPA with a dense mask."""
+
+    name: ClassVar[str] = "normalize-flex-attention"
+
+    def apply(self, gm: fx.GraphModule) -> int:
+        """Number of attention calls rewritten."""
+        flex = torch.ops.higher_order.flex_attention
+        done = sum(
+            _rewrite(gm, node)
+            for node in list(gm.graph.nodes)
+            if node.op == "call_function" and node.target is flex
+        )
+        if done:
+            _erase_dead(gm.graph)
+            gm.graph.lint()
+            gm.recompile()
+        return done
+
+
+def _rewrite(gm: fx.GraphModule, node: fx.Node) -> int:
+    query, key, value, score_mod, block_mask, scale = node.args[:6]
+    mask_buffers = node.args[8] if len(node.args) > 8 else ()
+    if not _is_identity(getattr(gm, score_mod.target)) or _uses_logsumexp(node):  # type: ignore[union-attr]
+        return 0
+    mask_mod = getattr(gm, block_mask[MASK_MOD].target)  # type: ignore[index, union-attr]
+    grouped = _heads(query) != _heads(key)
+    graph = gm.graph
+    with graph.inserting_before(node):
+        mask = _dense_mask(graph, mask_mod, query, key, mask_buffers)
+        attention = graph.call_function(
+            torch.nn.functional.scaled_dot_product_attention,
+            (query, key, value),
+            {"attn_mask": mask, "scale": scale, "enable_gqa": grouped},
+        )
+    for user in list(node.users):
+        if user.args[1] == 0:
+            user.replace_all_uses_with(attention)
+        graph.erase_node(user)
+    graph.erase_node(node)
+    return 1
+
+
+def _heads(node: Any) -> int:
+    return int(node.meta["example_value"].shape[1])
+
+
+def _is_identity(module: fx.GraphModule) -> bool:
+    output = module.graph.output_node().args[0]
+    return output is next(iter(module.graph.find_nodes(op="placeholder")))
+
+
+def _uses_logsumexp(node: fx.Node) -> bool:
+    for user in node.users:
+        if user.target is not operator.getitem:
+            return True
+        if user.args[1] != 0 and user.users:
+            return True
+    return False
+
+
+def _dense_mask(
+    graph: fx.Graph, mask_mod: fx.GraphModule, query: Any, key: Any, buffers: Any
+) -> fx.Node:
+    """mask_mod over broadcast aranges: [batch, 1, queries, keys] bool."""
+    device = query.meta["example_value"].device
+    sizes = [graph.call_method("size", (query, 0)), 1]
+    sizes += [graph.call_method("size", (query, 2)), graph.call_method("size", (key, 2))]
+    indices = []
+    for axis, size in enumerate(sizes):
+        arange = graph.call_function(torch.arange, (size,), {"device": device})
+        shape = [-1 if other == axis else 1 for other in range(4)]
+        indices.append(graph.call_method("view", (arange, *shape)))
+    environment: dict[fx.Node, Any] = {}
+    placeholders = mask_mod.graph.find_nodes(op="placeholder")
+    for placeholder, value in zip(placeholders, [*indices, *buffers], strict=True):
+        environment[placeholder] = value
+    for inner in mask_mod.graph.nodes:
+        if inner.op == "call_function" or inner.op == "call_method":
+            environment[inner] = graph.node_copy(inner, environment.__getitem__)
+    result = environment[mask_mod.graph.output_node().args[0]]  # type: ignore[index]
+    return graph.call_function(torch.broadcast_to, (result, tuple(sizes)))
+
+
+STATEFUL = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled")
+
+
+def _erase_dead(graph: fx.Graph) -> None:
+    """Dead-code elimination that also drops `setitem` on, and vmap regions of, dead values."""
+    live: set[fx.Node] = set()
+
+    def mark(node: fx.Node) -> None:
+        pending = [node]
+        while pending:
+            current = pending.pop()
+            if current not in live:
+                live.add(current)
+                pending.extend(current.all_input_nodes)
+
+    for node in graph.nodes:
+        stateful = any(word in str(node.target) for word in STATEFUL)
+        if node.op in ("output", "placeholder") or stateful:
+            mark(node)
+    grown = -1
+    while grown != len(live):
+        grown = len(live)
+        for node in graph.nodes:
+            if node not in live and _writes_into(node, live):
+                mark(node)
+    if any("predispatch" in str(node.target) for node in live):
+        for node in graph.nodes:
+            if "predispatch" in str(node.target):
+                mark(node)
+    for node in reversed(list(graph.nodes)):
+        if node not in live:
+            graph.erase_node(node)
+
+
+def _writes_into(node: fx.Node, live: set[fx.Node]) -> bool:
+    method = node.op == "call_method" and str(node.target).endswith("_")
+    writes = node.target is operator.setitem or (method and not str(node.target).endswith("__"))
+    return writes and node.args[0] in live

@@ -1,0 +1,127 @@
+"""Drop what changes nothing, and write every view as a reshape.
+
+Cases: (1) metadata asserts, (2) alias, lift, detach and same-dtype casts, (3) dropout that is off,
+(4) slices of a whole axis and expands to the same shape, (5) autocast regions that are off,
+(6) view and _unsafe_view as reshape, since a rewritten producer may have
+other strides than the traced one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from focus_compile.passes.graph_tools import op_name, shape_of, tensor_of
+
+__all__ = ["RemoveNoOps"]
+
+aten = torch.ops.aten
+ASSERTS = {
+    "_assert_tensor_metadata.default",
+    "_assert_scalar.default",
+    "sym_constrain_range_for_size.default",
+}
+AUTOCAST = ("_enter_autocast", "_exit_autocast")
+
+
+@dataclass(frozen=True)
+class RemoveNoOps:
+    """Needs: functional pre-dispatch ATen. Keeps every value."""
+
+    name: ClassVar[str] = "remove-no-ops"
+
+    def apply(self, gm: fx.GraphModule) -> int:
+        """Number of nodes removed or rewritten."""
+        done = _drop_disabled_autocast(gm.graph)
+        for node in list(gm.graph.nodes):
+            if node.op != "call_function":
+                continue
+            name = op_name(node)
+            if name in ASSERTS:
+                gm.graph.erase_node(node)
+            elif (same := _same_as_input(node, name)) is not None:
+                node.replace_all_uses_with(same)
+                gm.graph.erase_node(node)
+            elif name in ("view.default", "_unsafe_view.default"):
+                node.target = aten.reshape.default
+            else:
+                continue
+            done += 1
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+        return done
+
+
+def _same_as_input(node: fx.Node, name: str) -> fx.Node | None:
+    rule = _IDENTITY.get(name)
+    source = node.args[0] if node.args else None
+    if rule is None or not isinstance(source, fx.Node):
+        return None
+    return source if rule(node, source) else None
+
+
+def _always(node: fx.Node, source: fx.Node) -> bool:
+    return True
+
+
+def _dropout_is_off(node: fx.Node, source: fx.Node) -> bool:
+    return node.args[1] == 0 or not node.args[2]
+
+
+def _same_dtype_and_device(node: fx.Node, source: fx.Node) -> bool:
+    a, b = tensor_of(node), tensor_of(source)
+    assert a is not None and b is not None
+    return a.dtype == b.dtype and a.device == b.device
+
+
+def _same_shape(node: fx.Node, source: fx.Node) -> bool:
+    return shape_of(node) == shape_of(source)
+
+
+def _whole_slice(node: fx.Node, source: fx.Node) -> bool:
+    start = node.args[2] if len(node.args) > 2 else 0
+    step = node.args[4] if len(node.args) > 4 else 1
+    end = node.args[3] if len(node.args) > 3 else None
+    if start not in (0, None) or step != 1:
+        return False
+    return end is None or end == sys.maxsize or _same_shape(node, source)
+
+
+_IDENTITY: dict[str, Callable[[fx.Node, fx.Node], bool]] = {
+    "alias.default": _always,
+    "detach.default": _always,
+    "lift_fresh_copy.default": _always,
+    "dropout.default": _dropout_is_off,
+    "feature_dropout.default": _dropout_is_off,
+    "_to_copy.default": _same_dtype_and_device,
+    "to.dtype": _same_dtype_and_device,
+    "type_as.default": _same_dtype_and_device,
+    "contiguous.default": _always,
+    "slice.Tensor": _whole_slice,
+    "expand.default": _same_shape,
+    "reshape.default": _same_shape,
+    "view.default": _same_shape,
+}
+
+
+def _drop_disabled_autocast(graph: fx.Graph) -> int:
+    """Autocast pairs that switch autocast off where it already is off."""
+    nodes = [n for n in graph.nodes if any(word in str(n.target) for word in AUTOCAST)]
+    enters = [n for n in nodes if "_enter" in str(n.target)]
+    if any(_enabled(node) for node in enters):
+        return 0
+    for node in reversed(nodes):
+        graph.erase_node(node)
+    return len(nodes)
+
+
+def _enabled(enter: fx.Node) -> bool:
+    device, _, enabled = enter.args[:3]
+    return bool(enabled) or torch.is_autocast_enabled(str(device))
+
+

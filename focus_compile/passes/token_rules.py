@@ -1,0 +1,385 @@
+"""One rule per kind of op: rows demanded of its result become rows demanded of its inputs.
+
+A rule `(demands, node, axes) -> None` calls `demands.need_rows / need_full / need_broadcast`, or
+refuses. An op without a rule is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+from torch import fx
+
+from focus_compile.passes.graph_tools import divides, op_name, position, shape_of, tensor_of
+from focus_compile.plan import Factor, RowAxes
+
+if TYPE_CHECKING:
+    from focus_compile.passes.token_axis import Demands
+
+__all__ = ["Rule", "moved_by_reshape", "rule_for"]
+
+Rule = Callable[["Demands", fx.Node, RowAxes], None]
+
+ELEMENTWISE = {
+    "_to_copy", "clone", "where", "masked_fill", "type_as", "to", "zeros_like", "ones_like",
+    "full_like", "add", "sub", "rsub", "mul", "div", "neg", "pow", "silu", "gelu", "relu",
+    "logical_not", "contiguous", "alias", "clamp", "softplus", "mish", "hardtanh", "leaky_relu",
+}  # fmt: skip
+REDUCTIONS = {
+    "mean", "sum", "amax", "amin", "any", "all", "prod", "var", "std", "norm", "linalg_vector_norm",
+    "logsumexp", "argmax", "argmin", "max", "min",
+}  # fmt: skip
+ALONG_AXIS = {"softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "sort",
+              "topk", "argsort", "flip", "roll", "glu", "logcumsumexp"}  # fmt: skip
+
+
+def rule_for(node: fx.Node) -> Rule:
+    """The rule of the node's op."""
+    name = op_name(node).split(".")[0]
+    if name in _RULES:
+        return _RULES[name]
+    if name in REDUCTIONS:
+        return _reduction
+    if name in ALONG_AXIS:
+        return _along_axis
+    tags = getattr(node.target, "tags", ())
+    random = torch.Tag.nondeterministic_seeded in tags
+    if not random and (name in ELEMENTWISE or torch.Tag.pointwise in tags):
+        return _elementwise
+    return _unknown
+
+
+def _unknown(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    demands.refuse("focus_compile has no rule for it")
+
+
+def _factors(axes: RowAxes) -> list[Factor]:
+    return [axes.token] if axes.batch is None else [axes.token, axes.batch]
+
+
+def _map(axes: RowAxes, move: Callable[[Factor], Factor]) -> RowAxes:
+    return RowAxes(move(axes.token), None if axes.batch is None else move(axes.batch))
+
+
+def _on_axis(axes: RowAxes, axis: int) -> bool:
+    return any(factor.axis == axis for factor in _factors(axes))
+
+
+def _forbid(demands: Demands, axes: RowAxes, forbidden: Iterable[int], what: str) -> None:
+    if any(_on_axis(axes, axis) for axis in forbidden):
+        which = "token" if axes.token.axis in set(forbidden) else "batch"
+        demands.refuse(f"{what} the {which} axis")
+
+
+def _rank(node: Any) -> int:
+    return len(shape_of(node))
+
+
+def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def _elementwise(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    out_shape = shape_of(node)
+    for operand in (*node.args, *node.kwargs.values()):
+        demands.need_broadcast(operand, axes, out_shape)
+
+
+def _embedding(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    _forbid(demands, axes, [_rank(node) - 1], "looks up along")
+    demands.need_full(node.args[0])
+    demands.need_rows(node.args[1], axes)
+
+
+def _linear(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    _forbid(demands, axes, [_rank(node) - 1], "produces features along")
+    demands.need_rows(node.args[0], axes)
+    for weight in (*node.args[1:], *node.kwargs.values()):
+        demands.need_full(weight)
+
+
+def _matmul(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    _product(demands, node, axes, node.args[0], node.args[1])
+
+
+def _addmm(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    demands.need_broadcast(node.args[0], axes, shape_of(node))
+    _product(demands, node, axes, node.args[1], node.args[2])
+
+
+def _product(demands: Demands, node: fx.Node, axes: RowAxes, left: Any, right: Any) -> None:
+    """[..., m, k] @ [..., k, n]: m belongs to the left operand only, n to the right one only."""
+    rank = _rank(node)
+    if _rank(left) < 2 or _rank(right) < 2:
+        demands.refuse("multiplies a vector")
+    out_shape = shape_of(node)
+    for operand, own, foreign in ((left, rank - 2, rank - 1), (right, rank - 1, rank - 2)):
+        padding = rank - _rank(operand)
+        if axes.token.axis == foreign:
+            demands.need_full(operand)
+            continue
+        shape = [sympy.Integer(1)] * padding + shape_of(operand)
+        if axes.token.axis != own and shape[axes.token.axis] != out_shape[axes.token.axis]:
+            demands.need_full(operand)
+            continue
+        if axes.batch is not None and axes.batch.axis in (rank - 1, rank - 2):
+            demands.refuse("contracts beside the batch axis")
+        demands.need_rows(operand, axes, rank=rank)
+
+
+def _normalisation(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    """layer_norm, rms_norm(input, normalized_shape, ...): over the last axes."""
+    rank, width = _rank(node), len(node.args[1])  # type: ignore[arg-type]
+    _forbid(demands, axes, range(rank - width, rank), "normalises over")
+    demands.need_rows(node.args[0], axes)
+    for weight in (*node.args[2:], *node.kwargs.values()):
+        demands.need_full(weight)
+
+
+def _reduction(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    source = node.args[0]
+    rank = _rank(source)
+    dims = _argument(node, 1, "dim", None)
+    if op_name(node).split(".")[0] in ("norm", "linalg_vector_norm"):
+        dims = _argument(node, 2, "dim", None)
+    if dims is None or dims == []:
+        demands.refuse("reduces over the token axis")
+    reduced = {position(int(d), rank) for d in ([dims] if isinstance(dims, int) else dims)}
+    out_rank = len(_first_tensor(node).shape)
+    kept = [axis for axis in range(rank) if out_rank == rank or axis not in reduced]
+    inner = _map(axes, lambda factor: Factor(kept[factor.axis], factor.inner))
+    _forbid(demands, inner, reduced, "reduces over")
+    demands.need_rows(source, inner)
+
+
+def _first_tensor(node: fx.Node) -> torch.Tensor:
+    value = node.meta["val"]
+    return value[0] if isinstance(value, (tuple, list)) else value
+
+
+def _along_axis(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    """Softmax, cumsum, sort, flip, ...: fine along any axis but the rows'."""
+    source = node.args[0]
+    name = op_name(node).split(".")[0]
+    index = {"topk": 2, "roll": 2}.get(name, 1)
+    keyword = "dims" if name in ("flip", "roll") else "dim"
+    dims = _argument(node, index, keyword, -1)
+    if dims == []:
+        demands.refuse("works along the flattened tokens")
+    dims = [dims] if isinstance(dims, int) else dims
+    _forbid(demands, axes, [position(int(d), _rank(source)) for d in dims], "works along")
+    demands.need_rows(source, axes)
+
+
+def _transpose(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    rank = _rank(node)
+    order = list(range(rank))
+    a, b = (position(int(d), rank) for d in node.args[1:3])  # type: ignore[arg-type]
+    order[a], order[b] = order[b], order[a]
+    demands.need_rows(node.args[0], _map(axes, lambda f: Factor(order[f.axis], f.inner)))
+
+
+def _matrix_transpose(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    rank = _rank(node)
+    order = [*range(rank - 2), rank - 1, rank - 2]
+    demands.need_rows(node.args[0], _map(axes, lambda f: Factor(order[f.axis], f.inner)))
+
+
+def _permute(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    order = [position(int(d), _rank(node)) for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+    demands.need_rows(node.args[0], _map(axes, lambda f: Factor(order[f.axis], f.inner)))
+
+
+def _unsqueeze(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    new = position(int(node.args[1]), _rank(node))  # type: ignore[arg-type]
+    demands.need_rows(node.args[0], _map(axes, lambda f: Factor(f.axis - (f.axis > new), f.inner)))
+
+
+def _squeeze(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    source = node.args[0]
+    shape, dims = shape_of(source), _argument(node, 1, "dim", None)
+    if dims is None:
+        dims = range(len(shape))
+    dims = [dims] if isinstance(dims, int) else dims
+    gone = {d % len(shape) for d in dims if shape[d % len(shape)] == 1}
+    kept = [axis for axis in range(len(shape)) if axis not in gone]
+    demands.need_rows(source, _map(axes, lambda f: Factor(kept[f.axis], f.inner)))
+
+
+def _expand(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    demands.need_broadcast(node.args[0], axes, shape_of(node))
+
+
+def moved_by_reshape(
+    factor: Factor, size: sympy.Expr, before: list[sympy.Expr], after: list[sympy.Expr]
+) -> Factor | None:
+    """Where a factor of `size` lands when a row-major value of shape `before` becomes `after`.
+
+    The factor's stride in flattened order is the same on both sides; the axis that spans
+    [stride, stride * size] holds it. None if no single axis does.
+    """
+    stride = factor.inner
+    for extent in before[factor.axis + 1 :]:
+        stride = stride * extent
+    suffix: sympy.Expr = sympy.Integer(1)
+    for axis in reversed(range(len(after))):
+        whole = suffix * after[axis]
+        if after[axis] != 1 and divides(suffix, stride) and divides(stride * size, whole):
+            return Factor(axis, sympy.cancel(stride / suffix))
+        suffix = whole
+    return None
+
+
+def _reshape(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    source = node.args[0]
+    before, after = shape_of(node), shape_of(source)
+    token = moved_by_reshape(axes.token, demands.length, before, after)
+    batch = None
+    if axes.batch is not None:
+        batch = moved_by_reshape(axes.batch, demands.batch, before, after)
+    if token is None or (axes.batch is not None and batch is None):
+        demands.refuse(f"reshapes {after} to {before}, which cuts through the rows")
+        return
+    demands.need_rows(source, RowAxes(token, batch))
+
+
+def _cat(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    axis = position(int(_argument(node, 1, "dim", 0)), _rank(node))
+    _forbid(demands, axes, [axis], "concatenates along")
+    for operand in node.args[0]:  # type: ignore[union-attr]
+        demands.need_rows(operand, axes)
+
+
+def _stack(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    new = position(int(_argument(node, 1, "dim", 0)), _rank(node))
+    for operand in node.args[0]:  # type: ignore[union-attr]
+        demands.need_rows(operand, _map(axes, lambda f: Factor(f.axis - (f.axis > new), f.inner)))
+
+
+def _slice(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    axis = position(int(_argument(node, 1, "dim", 0)), _rank(node))
+    _forbid(demands, axes, [axis], "slices")
+    for bound in node.args[2:]:
+        if isinstance(bound, fx.Node):
+            demands.need_size(bound)
+    demands.need_rows(node.args[0], axes)
+
+
+def _select(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    axis = position(int(node.args[1]), _rank(node.args[0]))  # type: ignore[arg-type]
+    inner = _map(axes, lambda f: Factor(f.axis + (f.axis >= axis), f.inner))
+    demands.need_rows(node.args[0], inner)
+
+
+def _split(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    axis = position(int(_argument(node, 2, "dim", 0)), _rank(node.args[0]))
+    _forbid(demands, axes, [axis], "splits")
+    demands.need_rows(node.args[0], axes)
+
+
+def _unbind(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    axis = position(int(_argument(node, 1, "dim", 0)), _rank(node.args[0]))
+    inner = _map(axes, lambda f: Factor(f.axis + (f.axis >= axis), f.inner))
+    demands.need_rows(node.args[0], inner)
+
+
+def _getitem(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    """An element of a tuple: its axes are those of every element."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    demands.need_tuple(source, axes)
+
+
+def _gather(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    axis = position(int(node.args[1]), _rank(node))  # type: ignore[arg-type]
+    _forbid(demands, axes, [axis], "gathers along")
+    demands.need_rows(node.args[0], axes)
+    demands.need_rows(node.args[2], axes)
+
+
+def _index_select(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    axis = position(int(node.args[1]), _rank(node))  # type: ignore[arg-type]
+    _forbid(demands, axes, [axis], "indexes")
+    demands.need_rows(node.args[0], axes)
+    demands.need_full(node.args[2])
+
+
+def _pad(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    rank, widths = _rank(node), node.args[1]
+    padded = [rank - 1 - i // 2 for i, width in enumerate(widths) if width != 0]  # type: ignore[arg-type]
+    _forbid(demands, axes, padded, "pads")
+    demands.need_rows(node.args[0], axes)
+
+
+def _repeat(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    source, counts = node.args[0], node.args[1]
+    rank, shift = len(counts), len(counts) - _rank(source)  # type: ignore[arg-type]
+    repeated = [axis for axis in range(rank) if counts[axis] != 1 and axis >= shift]  # type: ignore[index]
+    _forbid(demands, axes, repeated, "repeats")
+    demands.need_rows(source, axes, rank=rank)
+
+
+def _repeat_interleave(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    axis = _argument(node, 2, "dim", None)
+    if axis is None:
+        demands.refuse("repeats the flattened tokens")
+    _forbid(demands, axes, [position(int(axis), _rank(node))], "repeats")
+    demands.need_rows(node.args[0], axes)
+
+
+def _attention(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    """A site: queries, keys and values by row; the other keys come from the cache."""
+    query, key, value, mask, _ = node.args
+    expected = RowAxes(Factor(2), None if demands.batch == 1 else Factor(0))
+    if axes != expected:
+        demands.refuse(f"its rows are needed at {axes}, expected {expected}")
+    if len({query, key, value}) != 3:
+        demands.refuse("query, key and value are one tensor")
+    for operand in (query, key, value):
+        demands.need_rows(operand, axes)
+    if isinstance(mask, fx.Node):
+        if tensor_of(mask) is None:
+            demands.refuse("the mask is no tensor")
+        demands.need_broadcast(mask, axes, [*shape_of(node)[:3], demands.length])
+
+
+_RULES: dict[str, Rule] = {
+    "embedding": _embedding,
+    "linear": _linear,
+    "matmul": _matmul,
+    "mm": _matmul,
+    "bmm": _matmul,
+    "addmm": _addmm,
+    "baddbmm": _addmm,
+    "layer_norm": _normalisation,
+    "rms_norm": _normalisation,
+    "native_layer_norm": _normalisation,
+    "_fused_rms_norm": _normalisation,
+    "transpose": _transpose,
+    "t": _matrix_transpose,
+    "mT": _matrix_transpose,
+    "numpy_T": _matrix_transpose,
+    "permute": _permute,
+    "unsqueeze": _unsqueeze,
+    "squeeze": _squeeze,
+    "expand": _expand,
+    "reshape": _reshape,
+    "cat": _cat,
+    "stack": _stack,
+    "slice": _slice,
+    "select": _select,
+    "split": _split,
+    "split_with_sizes": _split,
+    "chunk": _split,
+    "unbind": _unbind,
+    "getitem": _getitem,
+    "gather": _gather,
+    "index_select": _index_select,
+    "constant_pad_nd": _pad,
+    "repeat": _repeat,
+    "repeat_interleave": _repeat_interleave,
+    "focus_compile": _attention,
+}

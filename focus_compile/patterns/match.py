@@ -1,0 +1,61 @@
+"""What a pattern returns: a match in canonical terms, or the condition that failed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from focus_compile.passes.graph_tools import op_name, shape_of, tensor_of
+
+__all__ = ["CASTS", "AttentionMatch", "MaskTerm", "Miss", "look_through", "mask_rank_is_four"]
+
+CASTS = {"_to_copy.default", "clone.default", "to.dtype", "type_as.default"}
+
+
+class Miss(Exception):
+    """The anchor looked like attention but a condition failed; the message says which."""
+
+
+@dataclass(frozen=True)
+class MaskTerm:
+    """One masking of the scores: kind "bool" (keep where True), "not" (drop where True) or "add".
+
+    fill: what dropped scores become, for "bool" and "not".
+    """
+
+    kind: str
+    node: fx.Node
+    fill: float = float("-inf")
+
+
+@dataclass(frozen=True)
+class AttentionMatch:
+    """softmax(query key^T * scale + mask) value, found around `anchor`, producing `output`.
+
+    Shapes: query [B, H, T, d], key [B, Hkv, S, d], value [B, Hkv, S, dv]; `key_is_transposed`
+    says that the key node is [B, Hkv, d, S] instead.
+    """
+
+    anchor: fx.Node
+    output: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    scale: float
+    spelling: str
+    mask: MaskTerm | None = None
+    key_is_transposed: bool = False
+    causal: bool = False
+
+
+def look_through(node: fx.Node, names: set[str] = CASTS) -> fx.Node:
+    """The value behind casts and copies."""
+    while op_name(node) in names and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def mask_rank_is_four(node: fx.Node) -> bool:
+    """True where the mask broadcasts to [B, H, T, S] without hidden axes in front."""
+    return tensor_of(node) is not None and len(shape_of(node)) <= 4

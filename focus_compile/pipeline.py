@@ -1,0 +1,275 @@
+"""The pipeline, top to bottom: passes over the captured graph, then the analysis that plans."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import sympy
+import torch
+from torch import fx
+
+from focus_compile.capture import Capture
+from focus_compile.config import FocusConfig
+from focus_compile.errors import PassError
+from focus_compile.passes.constant_masks import FoldConstantMasks
+from focus_compile.passes.graph_tools import op_name, shape_of, tensor_of, user_line
+from focus_compile.passes.match_attention import MatchAttention
+from focus_compile.passes.refresh_program import BuildRefresh
+from focus_compile.passes.remove_no_ops import RemoveNoOps
+from focus_compile.passes.step_program import BuildStep
+from focus_compile.passes.token_axis import NotTokenWise, prove_rows
+from focus_compile.plan import InputRole, Plan, Refusal, Site
+from focus_compile.verify import execute_on_random_inputs, same_results, verify
+
+__all__ = ["DUMP", "VERIFY", "Pipeline", "ProgramGraphs", "build_programs", "plan_graph"]
+
+DUMP = "FOCUS_COMPILE_DUMP"
+"""Folder that receives the graph after every stage, and the plan."""
+VERIFY = "FOCUS_COMPILE_VERIFY"
+"""0: nothing, 1: check every stage (default), 2: also execute before and after."""
+
+
+@dataclass
+class ProgramGraphs:
+    """The graphs made from one capture."""
+
+    refresh: fx.GraphModule
+    step: fx.GraphModule
+
+
+class Pipeline:
+    """Runs stages, verifies each and dumps it if asked."""
+
+    def __init__(self, gm: fx.GraphModule, name: str = "graph") -> None:
+        self.gm = gm
+        self.level = int(os.environ.get(VERIFY, "1"))
+        self.folder = _new_folder(os.environ.get(DUMP), name)
+        self.stage = 0
+        self.inputs = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+        self.dump("captured", gm)
+
+    def run(self, graph_pass: RemoveNoOps | MatchAttention | FoldConstantMasks) -> int:
+        """Apply one pass in place; returns its number of rewrites."""
+        before = execute_on_random_inputs(self.gm) if self.level >= 2 else ()
+        started = time.perf_counter()
+        rewrites = graph_pass.apply(self.gm)
+        elapsed = (time.perf_counter() - started) * 1e3
+        if self.level >= 1:
+            verify(self.gm, self.inputs, graph_pass.name)
+        if self.level >= 2:
+            same_results(before, execute_on_random_inputs(self.gm), graph_pass.name)
+        self.dump(graph_pass.name, self.gm, f"{rewrites} rewrites in {elapsed:.1f} ms")
+        return rewrites
+
+    def dump(self, stage: str, gm: fx.GraphModule, note: str = "") -> None:
+        if self.folder is not None:
+            text = f"# {stage} {note}\n{gm.graph}\n"
+            (self.folder / f"{self.stage:02}_{stage}.txt").write_text(text)
+        self.stage += 1
+
+    def dump_plan(self, plan: Plan) -> None:
+        if self.folder is not None:
+            (self.folder / "plan.json").write_text(json.dumps(plan.to_dict(), indent=2))
+
+
+def _new_folder(root: str | None, name: str) -> Path | None:
+    """A folder of its own for each graph, so that graphs do not overwrite one another."""
+    if not root:
+        return None
+    number = 0
+    while (folder := Path(root) / f"{name}_{number}").exists():
+        number += 1
+    folder.mkdir(parents=True)
+    return folder
+
+
+def plan_graph(captured: Capture, config: FocusConfig) -> tuple[Pipeline, Plan]:
+    """Canonicalise the captured graph in place and plan its incremental form.
+
+    A plan with refusals means: run exactly.
+    """
+    pipeline = Pipeline(captured.graph_module)
+    matching, folding = MatchAttention(), FoldConstantMasks()
+    for graph_pass in (RemoveNoOps(), matching, folding):
+        pipeline.run(graph_pass)
+    plan = _analyse(captured, pipeline.gm, config, matching, folding)
+    pipeline.dump_plan(plan)
+    return pipeline, plan
+
+
+def build_programs(pipeline: Pipeline, plan: Plan) -> ProgramGraphs:
+    """The refresh and step graphs of an accepted plan."""
+    graphs = ProgramGraphs(BuildRefresh(plan).apply(pipeline.gm), BuildStep(plan).apply(pipeline.gm))
+    pipeline.dump("refresh", graphs.refresh)
+    pipeline.dump("step", graphs.step)
+    return graphs
+
+
+def _analyse(
+    captured: Capture,
+    gm: fx.GraphModule,
+    config: FocusConfig,
+    matching: MatchAttention,
+    folding: FoldConstantMasks,
+) -> Plan:
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    weights = {n for n, info in zip(placeholders, captured.inputs, strict=True) if info.is_weight}
+    found = _find_ids(gm.graph, weights)
+    empty = Plan(
+        inputs=(), sites=(), rows=(), outputs=(), batch=sympy.Integer(0), length=sympy.Integer(0),
+        vocabulary=0, logits=0, key_block=config.key_block, sink_tokens=config.sink_tokens,
+        misses=tuple(matching.misses),
+    )  # fmt: skip
+    if found is None:
+        return replace(empty, refusals=(_NO_IDS,))
+    ids, vocabulary = found
+    batch, length = shape_of(ids)
+    plan = replace(
+        empty,
+        inputs=_roles(captured, placeholders, ids),
+        sites=_sites(gm.graph, config),
+        batch=batch,
+        length=length,
+        vocabulary=vocabulary,
+    )
+    refusals = _refusals(plan, matching, folding, config)
+    if refusals:
+        return replace(plan, refusals=tuple(refusals))
+    try:
+        proof = prove_rows(gm, ids, weights)
+        logits = _logits_index(gm.graph, vocabulary)
+    except NotTokenWise as stuck:
+        return replace(plan, refusals=(stuck.refusal,))
+    plan = replace(
+        plan, rows=proof.rows, outputs=proof.outputs, operations=proof.operations, logits=logits
+    )
+    try:
+        BuildStep(plan).apply(gm)
+    except PassError as error:
+        return replace(plan, refusals=(Refusal(str(error)),))
+    return plan
+
+
+_NO_IDS = Refusal(
+    "no input of token ids [batch, tokens] feeds an embedding",
+    remedy="Call the model with input_ids; inputs_embeds holds no ids to compare between calls.",
+)
+
+
+def _find_ids(graph: fx.Graph, weights: set[fx.Node]) -> tuple[fx.Node, int] | None:
+    """The input that indexes the largest embedding table, and the table's rows."""
+    best: tuple[fx.Node, int] | None = None
+    for node in graph.nodes:
+        if op_name(node) != "embedding.default":
+            continue
+        table, index = node.args[:2]
+        if index.op != "placeholder" or index in weights or len(shape_of(index)) != 2:
+            continue
+        size = int(shape_of(table)[0])
+        if best is None or size > best[1]:
+            best = (index, size)
+    return best
+
+
+def _roles(
+    captured: Capture, placeholders: list[fx.Node], ids: fx.Node
+) -> tuple[InputRole, ...]:
+    roles = []
+    for at, (node, info) in enumerate(zip(placeholders, captured.inputs, strict=True)):
+        role = "guarded"
+        if node is ids:
+            role = "ids"
+        elif tensor_of(node) is None:
+            role = "size"
+        elif info.is_weight:
+            role = "weight"
+        roles.append(InputRole(at, info.name, role))
+    return tuple(roles)
+
+
+def _sites(graph: fx.Graph, config: FocusConfig) -> tuple[Site, ...]:
+    nodes = graph.find_nodes(
+        op="call_function", target=torch.ops.focus_compile.attention.default
+    )
+    regions = _regions(len(nodes), config)
+    return tuple(
+        _site(index, node, region)
+        for index, (node, region) in enumerate(zip(nodes, regions, strict=True))
+    )
+
+
+def _site(index: int, node: fx.Node, region: str) -> Site:
+    query, key, value, mask = node.args[:4]
+    tensor = tensor_of(key)
+    assert tensor is not None
+    return Site(
+        index=index,
+        node=node.name,
+        key=key.name,  # type: ignore[union-attr]
+        value=value.name,  # type: ignore[union-attr]
+        heads=int(shape_of(query)[1]),
+        kv_heads=int(shape_of(key)[1]),
+        head_dim=int(shape_of(key)[3]),
+        value_dim=int(shape_of(value)[3]),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        masked=mask is not None,
+        spelling=node.meta["spelling"],
+        where=user_line(node),
+        region=region,
+    )
+
+
+def _regions(layers: int, config: FocusConfig) -> list[str]:
+    """dense-prefix x l, sink-capture, sparse-suffix, dense-tail; all dense if nothing is sparse."""
+    capture_at = config.dense_layers_for(layers)
+    tail_at = max(0, layers - config.dense_tail_layers)
+    if config.policy != "focus-dllm" or capture_at + 1 >= tail_at:
+        return ["dense-prefix"] * layers
+    sparse = tail_at - capture_at - 1
+    tail = layers - tail_at
+    return (
+        ["dense-prefix"] * capture_at
+        + ["sink-capture"]
+        + ["sparse-suffix"] * sparse
+        + ["dense-tail"] * tail
+    )
+
+
+def _refusals(
+    plan: Plan, matching: MatchAttention, folding: FoldConstantMasks, config: FocusConfig
+) -> list[Refusal]:
+    causal = [*matching.causal, *folding.causal]
+    if causal:
+        remedy = "A causal model reuses its own KV cache; focus_compile is for bidirectional ones."
+        return [replace(causal[0], remedy=remedy)]
+    if not plan.sites:
+        return [Refusal("no attention was recognised", remedy=_miss_hint(matching))]
+    if plan.length.is_Integer and plan.length < 2:
+        return [Refusal("the input has fewer than 2 tokens")]
+    if config.mask_token_id is not None and config.mask_token_id >= plan.vocabulary:
+        reason = f"mask_token_id={config.mask_token_id} is outside the {plan.vocabulary} embeddings"
+        return [Refusal(reason, remedy="Set it to the tokenizer's mask_token_id.")]
+    if any(site.value_dim != site.head_dim for site in plan.sites):
+        return [Refusal("keys and values differ in width")]
+    return []
+
+
+def _miss_hint(matching: MatchAttention) -> str:
+    return "The nearest: " + str(matching.misses[0]) if matching.misses else ""
+
+
+def _logits_index(graph: fx.Graph, vocabulary: int) -> int:
+    """The output whose last axis is at least the vocabulary, or the widest one."""
+    output = graph.output_node().args[0]
+    values = list(output) if isinstance(output, (tuple, list)) else [output]
+    widths = [int(shape_of(v)[-1]) if isinstance(v, fx.Node) else 0 for v in values]
+    if any(not isinstance(value, fx.Node) for value in values):
+        raise NotTokenWise(Refusal("the graph returns something that is no tensor"))
+    for index, width in enumerate(widths):
+        if width == vocabulary:
+            return index
+    return widths.index(max(widths))

@@ -1,0 +1,203 @@
+"""The plan: what analysis found and decided. Frozen and printable; rewriting only reads it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+
+__all__ = [
+    "Factor",
+    "InputRole",
+    "Operand",
+    "OutputRows",
+    "Plan",
+    "Refusal",
+    "RowAxes",
+    "RowOp",
+    "Site",
+]
+
+REGIONS = ("dense-prefix", "sink-capture", "sparse-suffix", "dense-tail")
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why the exact program runs instead: what, where, and what to do about it."""
+
+    reason: str
+    where: str = ""
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        place = f" [{self.where}]" if self.where else ""
+        remedy = f" {self.remedy}" if self.remedy else ""
+        return f"{self.reason}{place}.{remedy}"
+
+    def to_dict(self) -> dict[str, str]:
+        return {"reason": self.reason, "where": self.where, "remedy": self.remedy}
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A factor of one axis: the axis has size outer * factor * inner, row-major."""
+
+    axis: int
+    inner: sympy.Expr = sympy.Integer(1)
+
+    def __str__(self) -> str:
+        return str(self.axis) if self.inner == 1 else f"{self.axis}/{self.inner}"
+
+
+@dataclass(frozen=True, slots=True)
+class RowAxes:
+    """Where a value carries its rows: the axis of the batch (None: one sequence) and of tokens."""
+
+    token: Factor
+    batch: Factor | None = None
+
+    def __str__(self) -> str:
+        return f"tokens@{self.token}" + (f" batch@{self.batch}" if self.batch else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """How a row-wise op reads one input.
+
+    use: "rows" (recomputed rows), "gather" (computed in full, rows selected) or "full".
+    axes and rank: for "gather", the rows' axes after left-padding the value to `rank` axes.
+    """
+
+    node: str
+    use: str
+    axes: RowAxes | None = None
+    rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RowOp:
+    """A node that is instantiated at the active rows only, and how it reads its inputs."""
+
+    node: str
+    axes: RowAxes
+    operands: tuple[Operand, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One attention subgraph in canonical form, in layer order."""
+
+    index: int
+    node: str
+    key: str
+    value: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: str
+    masked: bool
+    spelling: str
+    where: str
+    region: str = "dense-prefix"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True, slots=True)
+class InputRole:
+    """What an input of the captured graph is: "ids", "weight", "size" or "guarded"."""
+
+    position: int
+    name: str
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRows:
+    """An output of the captured graph: its node, and the axes of its rows."""
+
+    node: str
+    axes: RowAxes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the rewrites and the runtime need to know of one captured graph."""
+
+    inputs: tuple[InputRole, ...]
+    sites: tuple[Site, ...]
+    rows: tuple[RowOp, ...]
+    outputs: tuple[OutputRows, ...]
+    batch: sympy.Expr
+    length: sympy.Expr
+    vocabulary: int
+    logits: int
+    """Which output holds the logits, [batch, length, vocabulary]."""
+    key_block: int
+    sink_tokens: int
+    refusals: tuple[Refusal, ...] = ()
+    misses: tuple[Refusal, ...] = ()
+    operations: tuple[tuple[str, int], ...] = field(default=(), repr=False)
+
+    @property
+    def ids(self) -> InputRole:
+        """The input that holds the token ids."""
+        return next(role for role in self.inputs if role.role == "ids")
+
+    def positions(self, role: str) -> tuple[int, ...]:
+        """Positions of the graph inputs of one role."""
+        return tuple(item.position for item in self.inputs if item.role == role)
+
+    def sites_of(self, region: str) -> tuple[Site, ...]:
+        return tuple(site for site in self.sites if site.region == region)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON types."""
+        uses = Counter(operand.use for row in self.rows for operand in row.operands)
+        return {
+            "accepted": not self.refusals,
+            "refusals": [refusal.to_dict() for refusal in self.refusals],
+            "misses": [miss.to_dict() for miss in self.misses],
+            "batch": str(self.batch),
+            "length": str(self.length),
+            "vocabulary": self.vocabulary,
+            "key_block": self.key_block,
+            "sink_tokens": self.sink_tokens,
+            "inputs": [
+                {"position": item.position, "name": item.name, "role": item.role}
+                for item in self.inputs
+                if item.role != "weight"
+            ],
+            "weights": len(self.positions("weight")),
+            "regions": {name: [s.index for s in self.sites_of(name)] for name in REGIONS},
+            "sites": [site.to_dict() for site in self.sites],
+            "row_operations": dict(self.operations),
+            "operands": dict(sorted(uses.items())),
+            "gathered": sorted({o.node for row in self.rows for o in row.operands
+                                if o.use == "gather"}),
+            "outputs": [{"node": item.node, "axes": str(item.axes)} for item in self.outputs],
+        }
+
+    def __str__(self) -> str:
+        if self.refusals:
+            lines = ["plan: exact program (refused)"]
+            lines += [f"  refused: {refusal}" for refusal in self.refusals]
+        else:
+            lines = [f"plan: {len(self.sites)} attention sites, [{self.batch}, {self.length}] ids"]
+        lines += [f"  near miss: {miss}" for miss in self.misses]
+        for site in self.sites:
+            mask = " mask" if site.masked else ""
+            shape = f"{site.heads}/{site.kv_heads} heads of {site.head_dim}"
+            lines.append(f"  layer {site.index:>2} {site.region:<13} {site.spelling}, {shape}{mask}")
+        if self.rows:
+            counts = ", ".join(f"{name} {count}" for name, count in self.operations)
+            lines.append(f"  row-wise: {len(self.rows)} ops ({counts})")
+            gathered = self.to_dict()["gathered"]
+            lines.append(f"  computed in full, rows selected: {', '.join(gathered) or 'nothing'}")
+        guarded = [item.name for item in self.inputs if item.role == "guarded"]
+        lines.append(f"  trajectory guard: ids{''.join(', ' + name for name in guarded)}, weights")
+        return "\n".join(lines)

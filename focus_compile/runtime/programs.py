@@ -1,0 +1,120 @@
+"""The compiled programs of one plan, and how the runtime calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from focus_compile.capture import Capture
+from focus_compile.config import FocusConfig
+from focus_compile.lowering.program import InputSpec, Program
+from focus_compile.passes.graph_tools import size_expression
+from focus_compile.passes.row_values import ACTIVE
+from focus_compile.passes.step_program import STEP_INPUTS, cache_names
+from focus_compile.pipeline import ProgramGraphs
+from focus_compile.plan import Plan, Site
+from focus_compile.runtime.buckets import ActiveRows
+
+__all__ = ["Programs", "state_shapes"]
+
+
+def state_shapes(plan: Plan) -> dict[str, tuple[sympy.Expr, ...]]:
+    """Shape of every state tensor: K/V [batch, kv_heads, length, head_dim], summaries by block."""
+    shapes: dict[str, tuple[sympy.Expr, ...]] = {}
+
+    def per_head(site: Site, length: sympy.Expr) -> tuple[sympy.Expr, ...]:
+        return (plan.batch, sympy.Integer(site.kv_heads), length, sympy.Integer(site.head_dim))
+
+    for site in plan.sites:
+        shapes[f"key_cache_{site.index}"] = per_head(site, plan.length)
+        shapes[f"value_cache_{site.index}"] = per_head(site, plan.length)
+    for site in plan.sites_of("sparse-suffix"):
+        shapes[f"summaries_{site.index}"] = per_head(site, plan.length // plan.key_block)
+    assert list(shapes) == cache_names(plan)
+    return shapes
+
+
+@dataclass
+class Programs:
+    """exact(*inputs), refresh(*inputs, *state) and step(*inputs, *step inputs, *state)."""
+
+    plan: Plan
+    exact: Program
+    refresh: Program
+    step: Program
+
+    @classmethod
+    def build(
+        cls, captured: Capture, graphs: ProgramGraphs, plan: Plan, config: FocusConfig
+    ) -> Programs:
+        inputs = [
+            _model_input(info.name, value, plan, at, info.source, info.tensor_dict)
+            for at, (info, value) in enumerate(zip(captured.inputs, captured.values, strict=True))
+        ]
+        state = [
+            InputSpec(name, shape, static=True) for name, shape in state_shapes(plan).items()
+        ]
+        per_row = (plan.batch, ACTIVE)
+        shapes = dict.fromkeys(("rows", "row_weight", "focus_weight"), per_row)
+        step = [InputSpec(name, shapes.get(name, (plan.batch,))) for name in STEP_INPUTS]
+        lowering = config.lowering
+        return cls(
+            plan,
+            Program("exact", captured.original, inputs, lowering),
+            Program("refresh", graphs.refresh, [*inputs, *state], lowering),
+            Program("step", graphs.step, [*inputs, *step, *state], lowering),
+        )
+
+    def allocate(self, args: Sequence[Any]) -> list[Tensor]:
+        """State tensors for inputs of these sizes, uninitialised."""
+        ids = args[self.plan.ids.position]
+        sizes = {self.plan.batch: ids.shape[0], self.plan.length: ids.shape[1]}
+        dtypes = {}
+        for site in self.plan.sites:
+            dtype = getattr(torch, site.dtype)
+            for what in ("key_cache", "value_cache", "summaries"):
+                dtypes[f"{what}_{site.index}"] = dtype
+        with torch.inference_mode(False), torch.no_grad():
+            return [
+                torch.empty(
+                    [int(size.subs(sizes)) for size in shape], dtype=dtypes[name], device=ids.device
+                )
+                for name, shape in state_shapes(self.plan).items()
+            ]
+
+    def run_step(
+        self,
+        args: Sequence[Any],
+        active: ActiveRows,
+        candidates: Tensor,
+        keep: Tensor,
+        state: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Row outputs [batch, bucket, ...], and the sinks if a layer captures them."""
+        return self.step(
+            *args, active.rows, active.row_weight, active.focus_weight, candidates, keep, *state
+        )
+
+    @property
+    def compilations(self) -> int:
+        """Artifacts compiled so far."""
+        return sum(p.compilations for p in (self.exact, self.refresh, self.step))
+
+    @property
+    def compile_seconds(self) -> float:
+        return sum(p.compile_seconds for p in (self.exact, self.refresh, self.step))
+
+
+def _model_input(
+    name: str, value: Any, plan: Plan, at: int, source: Any, tensor_dict: dict[str, Any]
+) -> InputSpec:
+    static = plan.inputs[at].role == "weight"
+    if not isinstance(value, torch.Tensor):
+        return InputSpec(name, None, size_expression(value), source=source)
+    shape = tuple(size_expression(size) for size in value.shape)
+    return InputSpec(name, shape, static=static, source=source, tensor_dict=tensor_dict)

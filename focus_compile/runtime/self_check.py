@@ -1,0 +1,74 @@
+"""The first run of every plan is checked against the model's own forward.
+
+All rows active would prove nothing: it cannot see token mixing outside attention. A random strict
+subset of rows over fresh K/V, with all keys kept, must equal the same rows of dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from focus_compile.runtime.buckets import pack_rows
+from focus_compile.runtime.programs import Programs
+from focus_compile.runtime.trajectory import Trajectory
+
+__all__ = ["check_plan"]
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+"""Largest relative error of a row, ||row - dense row|| / ||dense row||."""
+MOST_ROWS = 16
+
+
+def check_plan(
+    programs: Programs,
+    original: fx.GraphModule,
+    args: Sequence[Any],
+    refreshed: Sequence[Tensor],
+    trajectory: Trajectory,
+    buckets: tuple[int, ...] | None,
+) -> str | None:
+    """None if refresh and a strict subset of rows agree with `original`, else what differs."""
+    with torch.no_grad():
+        dense = original(*args)
+    dense = dense if isinstance(dense, (tuple, list)) else (dense,)
+    for ours, theirs in zip(refreshed, dense, strict=True):
+        error = _worst_row(ours, theirs)
+        if not error <= _tolerance(theirs):
+            return f"the refresh program differs from the model by {error:.2g}"
+    active = _random_strict_subset(trajectory.ids)
+    packed = pack_rows(active, active, buckets)
+    rows = programs.run_step(
+        args, packed, trajectory.candidates, trajectory.candidates, trajectory.caches
+    )
+    for ours, theirs in zip(rows, dense, strict=False):
+        sequences = torch.arange(theirs.shape[0], device=theirs.device)[:, None]
+        error = _worst_row(ours, theirs[sequences, packed.rows])
+        if not error <= _tolerance(theirs):
+            return f"rows computed alone differ from the model by {error:.2g}"
+    return None
+
+
+def _random_strict_subset(ids: Tensor) -> Tensor:
+    """Between 1 and length - 1 rows of each sequence, bool [batch, length]."""
+    batch, length = ids.shape
+    count = min(MOST_ROWS, length - 1)
+    generator = torch.Generator().manual_seed(length)
+    order = torch.rand(batch, length, generator=generator).argsort(1)[:, :count]
+    chosen = torch.zeros(batch, length, dtype=torch.bool).scatter(1, order, True)
+    return chosen.to(ids.device)
+
+
+def _tolerance(reference: Tensor) -> float:
+    return TOLERANCE.get(reference.dtype, 1e-3)
+
+
+def _worst_row(ours: Tensor, theirs: Tensor) -> float:
+    """Rows lie along every axis but the last; rows far smaller than typical count as typical."""
+    ours, theirs = ours.double().flatten(0, -2), theirs.double().flatten(0, -2)
+    size = theirs.norm(dim=-1)
+    error = (ours - theirs).norm(dim=-1) / size.clamp(min=float(size.mean()) * 1e-2 + 1e-12)
+    return float(error.max())
