@@ -9,12 +9,12 @@ as a whole.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args
 
 from focus_compile.demo import MODEL_PATH
+from focus_compile.errors import OptionError
 
 Kind = Literal["needle", "table"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -34,9 +34,13 @@ class Example:
     pairs: tuple[tuple[str, str], ...]
     """The (key, value) pairs asked for."""
 
+    def marks(self, text: str) -> tuple[bool, ...]:
+        """Whether the decoded response states each pair."""
+        return tuple(f"{key} is {value};" in text for key, value in self.pairs)
+
     def score(self, text: str) -> int:
         """How many of the pairs the decoded response states."""
-        return score(text, self.pairs)
+        return sum(self.marks(text))
 
 
 def make(
@@ -53,23 +57,25 @@ def make(
 
     length: tokens of prompt and response. questions: how many facts are asked for. facts: how many
     the text holds, at most what fits; None draws a number. response: tokens left for the answer.
-    The same arguments always give the same example. Raises ValueError where the text cannot hold
+    The same arguments always give the same example. Raises OptionError where the text cannot hold
     the facts asked for.
     """
-    _check(kind, questions)
+    kind = as_kind(kind)
+    if questions < 1:
+        raise OptionError.invalid("questions", questions, "a whole number >= 1")
     rng = random.Random(f"{seed}-{kind}-{length}-{questions}")
     fact = _FACT[kind]
     budget = length - response
     fact_tokens = len(_tokens(tokenizer, fact.format("king", "happy")))
     most = (budget - _FRAME_TOKENS - 2 * questions) // fact_tokens
     ceiling = max(questions, min(most, _MOST_FACTS[kind]))
-    count = min(most, facts or rng.randint(questions, ceiling))
+    words, filler = _texts()
+    count = min(most, len(words), facts or rng.randint(questions, ceiling))
     if count < questions:
-        raise ValueError(
+        raise OptionError(
             f"{length} tokens cannot hold {questions} facts and a response of {response} tokens; "
             "ask for fewer questions or a greater length"
         )
-    words, filler = _texts()
     pairs = [(key, rng.choice(words)) for key in rng.sample(words, count)]
     asked = rng.sample(pairs, questions)
     keys = ", ".join(key for key, _ in asked)
@@ -78,16 +84,19 @@ def make(
     room = budget - len(question) - 2 - sum(map(len, pieces))
     span = _CHARACTERS_PER_TOKEN * room
     if span + 100 >= len(filler):
-        raise ValueError(f"the filler text is too short for {length} tokens")
+        raise OptionError(f"the filler text is too short for {length} tokens")
     start = rng.randrange(len(filler) - span - 100)
     text = _tokens(tokenizer, filler[start : start + span + 64])[:room]
     body = _tokens(tokenizer, "<|bos|><|prompt|>") + _scatter(rng, kind, text, pieces) + question
     return Example(tuple(body), tuple(asked))
 
 
-def score(text: str, pairs: Sequence[tuple[str, str]]) -> int:
-    """How many of the (key, value) pairs the decoded response states."""
-    return sum(f"{key} is {value};" in text for key, value in pairs)
+def as_kind(name: str) -> Kind:
+    """The kind of that name; OptionError with the closest one if there is none."""
+    for kind in KINDS:
+        if kind == name:
+            return kind
+    raise OptionError.unknown(name, KINDS, kind="kind of question")
 
 
 @cache
@@ -113,10 +122,3 @@ def _scatter(rng: random.Random, kind: Kind, text: list[int], pieces: list[list[
         body += text[last:cut] + piece
         last = cut
     return body + text[last:]
-
-
-def _check(kind: str, questions: int) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
-    if questions < 1:
-        raise ValueError(f"questions must be at least 1, not {questions}")

@@ -1,0 +1,206 @@
+"""How many answers each policy keeps: what `python -m focus_compile fidelity` shows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from focus_compile import demo
+from focus_compile.config import FocusConfig
+from focus_compile.decode.sampler import count_blocks
+from focus_compile.demo import environment, retrieval
+from focus_compile.demo.arms import Arm, answer
+
+__all__ = ["KEEP_RATIOS", "FidelityResult", "FidelitySettings", "Score", "arms", "run", "table"]
+
+KEEP_RATIOS = (0.5, 0.25, 0.1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FidelitySettings:
+    """What to ask and how to decode it."""
+
+    length: int = 1024
+    """Tokens of prompt and response together."""
+    examples: int = 16
+    """Questions of each kind."""
+    gen_length: int = 64
+    """Tokens of the response, decoded one a call."""
+    block_length: int = 32
+    """Tokens per decode block."""
+    questions: int = 4
+    """Facts asked for in each question."""
+    seed: int = 0
+    """Seed of the first example; the others count up from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One arm on one kind of question."""
+
+    right: int
+    """Values stated correctly."""
+    asked: int
+    accuracy: float
+    """right / asked."""
+    kept: float | None
+    """Of the values that dense states correctly, the share that this arm does too."""
+    recall: float | None
+    """Share of the positions just decoded that the focus set had predicted, mean over the calls."""
+    seconds: float
+    """Decoding all examples, compilation of new programs included."""
+
+
+@dataclass(frozen=True, slots=True)
+class FidelityResult:
+    """All arms on all kinds."""
+
+    scores: dict[str, dict[str, Score]]
+    """By the arm's name, then by kind."""
+    options: dict[str, dict[str, Any] | None]
+    """The options of each arm; None for dense."""
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON types."""
+        return {
+            "arms": [
+                {"name": name, "options": self.options[name]}
+                | {kind: asdict(score) for kind, score in kinds.items()}
+                for name, kinds in self.scores.items()
+            ],
+            "settings": self.settings,
+        }
+
+
+def arms(settings: FidelitySettings) -> list[Arm]:
+    """Dense, the dual cache, and focus at falling keep ratios with sinks and without."""
+    blocks = {"block_length": settings.block_length}
+    found = [Arm("dense"), Arm("dual-cache", {"policy": "dual-cache"} | blocks)]
+    for ratio in KEEP_RATIOS:
+        focus = {"policy": "focus-dllm", "keep_ratio": ratio} | blocks
+        found.append(Arm(f"focus α={ratio}", focus))
+        found.append(Arm(f"focus α={ratio}, no sinks", focus | {"sink_tokens": 0}))
+    count_blocks(settings.gen_length, settings.block_length)
+    for arm in found[1:]:
+        FocusConfig.from_options(arm.options)
+    return found
+
+
+def run(
+    settings: FidelitySettings, advance: Callable[[str], object] = lambda arm: None
+) -> FidelityResult:
+    """Ask every arm the same questions.
+
+    advance: called with the arm's name after each answer, `len(arms(settings)) * 2 *
+    settings.examples` times in all.
+
+    Raises:
+        FocusError: settings out of range, or questions that do not fit the length.
+    """
+    everyone = arms(settings)
+    model, tokenizer = demo.load()
+    questions = {kind: _examples(tokenizer, settings, kind) for kind in retrieval.KINDS}
+    scores: dict[str, dict[str, Score]] = {}
+    by_dense: dict[str, list[bool]] = {}
+    for arm in everyone:
+        compiled = arm.compile(model)
+        scores[arm.name] = {}
+        for kind, examples in questions.items():
+            marks, recall, seconds = _ask(compiled, tokenizer, examples, settings, arm, advance)
+            reference = by_dense.setdefault(kind, marks)
+            scores[arm.name][kind] = _score(marks, reference, recall, seconds)
+    return FidelityResult(
+        scores=scores,
+        options={arm.name: None if arm.options is None else dict(arm.options) for arm in everyone},
+        settings=asdict(settings) | environment.describe(),
+    )
+
+
+def table(result: FidelityResult) -> Table:
+    """The scores for people."""
+    rows = Table(title=f"values right at {result.settings['length']} tokens")
+    for column in ("", "kind", "right", "accuracy", "kept of dense", "recall"):
+        rows.add_column(column, justify="right" if column not in ("", "kind") else "left")
+    for name, kinds in result.scores.items():
+        for kind, score in kinds.items():
+            rows.add_row(
+                name if kind == retrieval.KINDS[0] else "",
+                kind,
+                f"{score.right}/{score.asked}",
+                f"{score.accuracy:.3f}",
+                _share(score.kept),
+                _share(score.recall),
+                end_section=kind == retrieval.KINDS[-1],
+            )
+    return rows
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _examples(
+    tokenizer: Any, settings: FidelitySettings, kind: retrieval.Kind
+) -> list[retrieval.Example]:
+    return [
+        retrieval.make(
+            tokenizer,
+            settings.length,
+            kind=kind,
+            questions=settings.questions,
+            response=settings.gen_length,
+            seed=settings.seed + number,
+        )
+        for number in range(settings.examples)
+    ]
+
+
+def _ask(
+    compiled: Any,
+    tokenizer: Any,
+    examples: Sequence[retrieval.Example],
+    settings: FidelitySettings,
+    arm: Arm,
+    advance: Callable[[str], object],
+) -> tuple[list[bool], float | None, float]:
+    """Whether each value is right, over all examples; the mean recall; the seconds taken."""
+    import focus_compile
+
+    marks: list[bool] = []
+    begun = time.perf_counter()
+    with focus_compile.record() as history:
+        for example in examples:
+            found = answer(
+                compiled,
+                tokenizer,
+                example,
+                gen_length=settings.gen_length,
+                block_length=settings.block_length,
+            )
+            marks += found.right
+            advance(arm.name)
+    return marks, _mean(record.recall for record in history), time.perf_counter() - begun
+
+
+def _score(
+    marks: Sequence[bool], reference: Sequence[bool], recall: float | None, seconds: float
+) -> Score:
+    both = sum(mine and dense for mine, dense in zip(marks, reference, strict=True))
+    return Score(
+        right=sum(marks),
+        asked=len(marks),
+        accuracy=sum(marks) / len(marks),
+        kept=both / sum(reference) if any(reference) else None,
+        recall=recall,
+        seconds=seconds,
+    )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
