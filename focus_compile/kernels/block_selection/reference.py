@@ -1,0 +1,41 @@
+"""The equation of `select_blocks`, one row and head at a time, in float64.
+
+relevance_j = mean over rows (weighted) and query heads h of q_h . summary_{h // g, j}
+"""
+
+import torch
+from torch import Tensor
+
+
+def select_blocks(
+    q: Tensor, weight: Tensor, summaries: Tensor, candidates: Tensor, keep: Tensor
+) -> Tensor:
+    """See op.py."""
+    scores = relevance(q, weight, summaries)
+    kept = torch.full_like(scores, -1, dtype=torch.int64)
+    for b in range(q.shape[0]):
+        limit = min(int(candidates[b]), scores.shape[1])
+        chosen = highest(scores[b, :limit].tolist(), int(keep[b]))
+        kept[b, : len(chosen)] = torch.tensor(chosen, dtype=torch.int64)
+    return kept
+
+
+def relevance(q: Tensor, weight: Tensor, summaries: Tensor) -> Tensor:
+    """Relevance of every block, [B, NB] float64."""
+    batch, heads, rows, _ = q.shape
+    group = heads // summaries.shape[1]
+    scores = torch.zeros((batch, summaries.shape[2]), dtype=torch.float64, device=q.device)
+    for b in range(batch):
+        total = float(weight[b].double().sum()) * heads
+        for r in range(rows):
+            for h in range(heads):
+                products = summaries[b, h // group].double() @ q[b, h, r].double()  # [NB]
+                scores[b] += float(weight[b, r]) * products
+        scores[b] /= total or 1.0
+    return scores
+
+
+def highest(scores: list[float], count: int) -> list[int]:
+    """Indices of the `count` highest scores, ascending; of equal scores the lowest index first."""
+    best_first = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
+    return sorted(best_first[: max(count, 0)])

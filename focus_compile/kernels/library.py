@@ -1,0 +1,91 @@
+"""The `focus_compile` operator library: how every kernel folder registers its op.
+
+An op is its schema, a fake (shapes for tracing, and the checks) and two implementations of the same
+name: `cpu.py`, the fast one, and `reference.py`, the slow and obvious one. Neither is imported
+before the op first runs; `FOCUS_COMPILE_REFERENCE=1` in the environment at that moment picks the
+reference. An op mutates nothing and returns contiguous tensors whatever the strides of its inputs.
+"""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+LIBRARY = torch.library.Library("focus_compile", "DEF")
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+
+
+def define_op(schema: str, folder: str, fake: Callable[..., Any]) -> OpOverload:
+    """Register `focus_compile::<schema>`, implemented in `focus_compile/kernels/<folder>`.
+
+    `fake` takes the op's arguments, checks them and returns empty outputs; tracing runs it instead
+    of the implementation. The implementation trusts its arguments: a traced call was checked by
+    `fake`, an eager one by the op's public function.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=_TAGS)
+    LIBRARY.impl(name, _lazy(folder, name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"focus_compile::{name}", fake, lib=LIBRARY)
+    overload: OpOverload = getattr(torch.ops.focus_compile, name).default
+    return overload
+
+
+def _lazy(folder: str, name: str) -> Callable[..., Any]:
+    @functools.cache
+    def implementation() -> Callable[..., Any]:
+        module = "reference" if os.environ.get("FOCUS_COMPILE_REFERENCE") == "1" else "cpu"
+        found = importlib.import_module(f"focus_compile.kernels.{folder}.{module}")
+        function: Callable[..., Any] = getattr(found, name)
+        return function
+
+    def call(*arguments: Any) -> Any:
+        return implementation()(*arguments)
+
+    return call
+
+
+def check_attention_inputs(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    """Raise ValueError or TypeError unless q [B, H, R, d] can attend to k, v [B, Hkv, T, d].
+
+    Also requires H % Hkv == 0, one floating dtype, and a mask that is None, bool or floating and
+    broadcastable to [B, H, R, T].
+    """
+    check(q.dim() == k.dim() == v.dim() == 4, op, "q, k and v must have 4 axes")
+    check(q.shape[0] == k.shape[0], op, "q and k differ in batch size")
+    check(q.shape[3] == k.shape[3], op, "q and k differ in head dimension")
+    check(k.shape[:3] == v.shape[:3], op, "k and v differ in batch, heads or length")
+    check(q.shape[1] % k.shape[1] == 0, op, "the query heads are no multiple of the kv heads")
+    check_dtype(q.is_floating_point(), op, "q must be floating point")
+    check_dtype(q.dtype == k.dtype == v.dtype, op, "q, k and v differ in dtype")
+    if mask is None:
+        return
+    check_dtype(
+        mask.dtype == torch.bool or mask.is_floating_point(), op, "mask must be bool or floating"
+    )
+    check(mask.dim() <= 4, op, "mask has more than 4 axes")
+    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    for size, wanted in zip(reversed(mask.shape), reversed(full), strict=False):
+        check(size == 1 or size == wanted, op, "mask does not broadcast to [B, H, R, T]")
+
+
+def check_index(op: str, name: str, index: Tensor, batch: int, dim: int) -> None:
+    """Raise unless `index` is int64 with `dim` axes, the first of size `batch`."""
+    check_dtype(index.dtype == torch.int64, op, f"{name} must be int64")
+    check(index.dim() == dim, op, f"{name} must have {dim} axes")
+    check(index.shape[0] == batch, op, f"{name} differs from q in batch size")
+
+
+def check(condition: bool | torch.SymBool, op: str, message: str) -> None:
+    """Raise ValueError(f"{op}: {message}") unless the condition holds; symbols are guarded."""
+    torch._check_value(condition, lambda: f"{op}: {message}")
+
+
+def check_dtype(condition: bool, op: str, message: str) -> None:
+    """Raise TypeError(f"{op}: {message}") unless the condition holds."""
+    torch._check_type(condition, lambda: f"{op}: {message}")

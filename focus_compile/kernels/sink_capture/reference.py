@@ -1,0 +1,48 @@
+"""The equation of `capture_sinks`, one query row at a time, in float64.
+
+S_t = mean over rows (weighted) and query heads of softmax_t(scale * q . k_t + mask_t)
+"""
+
+import torch
+from torch import Tensor
+
+from focus_compile.kernels.attention.reference import softmax_or_zero
+from focus_compile.kernels.block_selection.reference import highest
+
+
+def capture_sinks(
+    q: Tensor,
+    k: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    limit: Tensor,
+    count: int,
+    scale: float,
+) -> Tensor:
+    """See op.py."""
+    scores = attention_received(q, k, weight, mask, scale)
+    sinks = torch.full((q.shape[0], count), -1, dtype=torch.int64, device=q.device)
+    for b in range(q.shape[0]):
+        chosen = highest(scores[b, : int(limit[b])].tolist(), count)
+        sinks[b, : len(chosen)] = torch.tensor(chosen, dtype=torch.int64)
+    return sinks
+
+
+def attention_received(
+    q: Tensor, k: Tensor, weight: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """S of every position, [B, T] float64; it sums to 1 unless a row has no key left."""
+    batch, heads, rows, _ = q.shape
+    group = heads // k.shape[1]
+    if mask is not None:
+        mask = mask.expand(batch, heads, rows, k.shape[2])
+    scores = torch.zeros((batch, k.shape[2]), dtype=torch.float64, device=q.device)
+    for b in range(batch):
+        total = float(weight[b].double().sum()) * heads
+        for h in range(heads):
+            for r in range(rows):
+                logits = scale * k[b, h // group].double() @ q[b, h, r].double()  # [T]
+                probability = softmax_or_zero(logits, None if mask is None else mask[b, h, r])
+                scores[b] += float(weight[b, r]) * probability
+        scores[b] /= total or 1.0
+    return scores

@@ -1,0 +1,94 @@
+"""Exact attention over the kept prompt blocks, the sinks and everything after the prompt."""
+
+import torch
+from torch import Tensor
+
+from focus_compile.kernels.library import check, check_attention_inputs, check_index, define_op
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    sinks: Tensor,
+    candidates: Tensor,
+    key_block: int,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Attend from every query row to a subset of the keys, the same for all rows and heads.
+
+    keys[b] = union of [j * key_block, (j + 1) * key_block) for j in blocks[b],
+              the positions sinks[b], and [candidates[b] * key_block, T)
+    out[b, h, r] = sum over t in keys[b] of softmax_t(scale * q[b, h, r] . k[b, h // g, t]
+                   + mask[b, h, r, t]) * v[b, h // g, t],   g = H // Hkv
+
+    keys[b] is a set: a token named twice counts once. Focus-dLLM (arXiv 2602.02159), the sparse
+    layers: K_attn = cat(K[I_P], K_resp), I_P = kept blocks and sinks; V likewise.
+
+    Args:
+        q: [B, H, R, d] float32, float16, bfloat16 or float64, any strides. R may be 0.
+        k, v: [B, Hkv, T, d], dtype of q, any strides, H % Hkv == 0.
+        blocks: [B, any] int64, ids below T // key_block in any order; negative ones are padding
+            (see `select_blocks`).
+        sinks: [B, any] int64, positions below T in any order; negative ones are padding (see
+            `capture_sinks`).
+        candidates: [B] int64, blocks of the prompt; all tokens after them are always read. A value
+            out of its range is not checked for: it would cost a synchronisation.
+        key_block: tokens in a block, at least 1.
+        mask: None, bool (True attends) or floating (added to the logits); broadcastable to
+            [B, H, R, T]. A row with no key left gives zeros.
+        scale: factor of the logits, usually d ** -0.5.
+
+    Returns:
+        [B, H, R, d], dtype of q, contiguous.
+
+    Raises:
+        ValueError: shapes that do not fit together, or key_block < 1.
+        TypeError: dtypes that differ, indices not int64, a mask neither bool nor floating.
+    """
+    _check(q, k, v, blocks, sinks, candidates, key_block, mask)
+    out: Tensor = _OP(q, k, v, blocks, sinks, candidates, key_block, mask, scale)
+    return out
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    sinks: Tensor,
+    candidates: Tensor,
+    key_block: int,
+    mask: Tensor | None,
+) -> None:
+    op = "sparse_attention"
+    check_attention_inputs(op, q, k, v, mask)
+    check_index(op, "blocks", blocks, q.shape[0], dim=2)
+    check_index(op, "sinks", sinks, q.shape[0], dim=2)
+    check_index(op, "candidates", candidates, q.shape[0], dim=1)
+    check(key_block >= 1, op, "key_block must be at least 1")
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    sinks: Tensor,
+    candidates: Tensor,
+    key_block: int,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    _check(q, k, v, blocks, sinks, candidates, key_block, mask)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+_OP = define_op(
+    "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor blocks, Tensor sinks,"
+    " Tensor candidates, int key_block, Tensor? mask, float scale) -> Tensor",
+    folder="sparse_attention",
+    fake=_fake,
+)
