@@ -1,0 +1,21 @@
+"""Fixtures that several folders of tests share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from focus_compile.demo.arms import Arm
+
+
+@pytest.fixture
+def quick_arms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arms that need no Inductor: dense is the plain model, focus runs its programs op by op."""
+    compile_arm = Arm.compile
+
+    def compile_quickly(arm: Arm, model: Any) -> Any:
+        return model if arm.options is None else compile_arm(arm, model)
+
+    monkeypatch.setenv("FOCUS_COMPILE_LOWERING", "eager")
+    monkeypatch.setattr(Arm, "compile", compile_quickly)

@@ -1,0 +1,76 @@
+"""The fidelity table: its arms, its counting, and one small run of all of it."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from focus_compile.demo import fidelity
+from focus_compile.demo.fidelity import FidelitySettings
+from focus_compile.errors import OptionError
+
+ARMS = [
+    "dense",
+    "dual-cache",
+    "focus α=0.5",
+    "focus α=0.5, no sinks",
+    "focus α=0.25",
+    "focus α=0.25, no sinks",
+    "focus α=0.1",
+    "focus α=0.1, no sinks",
+]
+
+
+def test_the_arms() -> None:
+    arms = fidelity.arms(FidelitySettings(block_length=16))
+    assert [arm.name for arm in arms] == ARMS
+    assert arms[0].options is None
+    assert all(arm.options and arm.options["block_length"] == 16 for arm in arms[1:])
+    assert arms[5].options == {
+        "policy": "focus-dllm",
+        "keep_ratio": 0.25,
+        "sink_tokens": 0,
+        "block_length": 16,
+    }
+
+
+def test_kept_counts_only_what_dense_gets_right() -> None:
+    score = fidelity._score([True, True, False], [True, False, True], recall=None, seconds=1.0)
+    assert (score.right, score.asked, score.kept) == (2, 3, 0.5)
+    assert score.accuracy == pytest.approx(2 / 3)
+    assert fidelity._score([True], [False], recall=None, seconds=1.0).kept is None
+
+
+def test_bad_settings() -> None:
+    with pytest.raises(OptionError, match="not a multiple"):
+        fidelity.run(FidelitySettings(gen_length=40))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_arms")
+def test_a_small_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fidelity, "KEEP_RATIOS", (0.5,))
+    names = ARMS[:4]
+    settings = FidelitySettings(length=192, examples=1, gen_length=32, block_length=16, questions=2)
+    answered: list[str] = []
+    result = fidelity.run(settings, answered.append)
+    assert answered == [name for name in names for _ in range(2)]
+    assert list(result.scores) == names
+    for name, kinds in result.scores.items():
+        assert set(kinds) == {"needle", "table"}
+        for score in kinds.values():
+            assert score.asked == 2
+            assert (score.recall is None) == (name == "dense")
+    assert result.scores["dense"]["needle"].right == 2
+    assert result.scores["dual-cache"]["needle"].right == 2
+
+    written = json.loads(json.dumps(result.to_dict()))
+    assert [arm["name"] for arm in written["arms"]] == names
+    assert written["settings"]["examples"] == 1
+    console = Console(file=io.StringIO(), width=100)
+    console.print(fidelity.table(result))
+    assert isinstance(console.file, io.StringIO)
+    assert all(name in console.file.getvalue() for name in names)

@@ -1,0 +1,113 @@
+"""The command line: help, results files, and errors in one line with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from focus_compile.cli import app
+from focus_compile.demo import fidelity, showcase
+from focus_compile.errors import RefusalError
+
+runner = CliRunner()
+
+
+def test_help_names_the_commands() -> None:
+    result = runner.invoke(app, ["--help"])
+    assert result.exit_code == 0
+    assert "demo" in result.output
+    assert "fidelity" in result.output
+
+
+def test_help_needs_no_transformers() -> None:
+    program = "import sys, focus_compile.cli; sys.exit('transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.usefixtures("quick_arms")
+def test_demo_writes_its_result(tmp_path: Path) -> None:
+    file = tmp_path / "demo.json"
+    options = "--length 192 --gen-length 32 --block-length 16 --questions 2 --kind table --seed 1"
+    result = runner.invoke(
+        app, ["demo", *options.split(), "--policy", "dual-cache", "--json", str(file)]
+    )
+    assert result.exit_code == 0, result.output
+    assert "times as fast" in result.output
+    settings = json.loads(file.read_text())["settings"]
+    asked = {"length": 192, "gen_length": 32, "questions": 2, "kind": "table", "seed": 1}
+    assert settings == settings | asked | {"policy": "dual-cache", "keep_ratio": 0.5}
+
+
+def test_fidelity_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def run(settings: fidelity.FidelitySettings, advance: Any) -> fidelity.FidelityResult:
+        seen.append(settings)
+        for arm in fidelity.arms(settings):
+            for _ in range(2 * settings.examples):
+                advance(arm.name)
+        scores = {kind: fidelity.Score(3, 4, 0.75, None, None, 1.0) for kind in ("needle", "table")}
+        return fidelity.FidelityResult({"dense": scores}, {"dense": None}, {"length": 300})
+
+    monkeypatch.setattr(fidelity, "run", run)
+    file = tmp_path / "fidelity.json"
+    options = "fidelity --length 300 --examples 2 --seed 7 --questions 3"
+    result = runner.invoke(app, [*options.split(), "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    assert seen == [fidelity.FidelitySettings(length=300, examples=2, seed=7, questions=3)]
+    assert "focus α=0.1, no sinks: 4 answers" in result.output
+    assert json.loads(file.read_text())["arms"][0]["needle"]["right"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("demo --policy focus-dlm", "did you mean 'focus-dllm'"),
+        ("demo --kind tabel", "did you mean 'table'"),
+        ("demo --keep-ratio 2", "keep_ratio=2.0"),
+        ("demo --length 90", "90 tokens cannot hold 4 facts"),
+        ("demo --gen-length 48", "gen_length=48 is not a multiple of block_length=32"),
+        ("demo --json no/such/folder/x.json", "not a file in an existing folder"),
+        ("fidelity --gen-length 48", "gen_length=48"),
+        ("fidelity --length 90 --examples 1", "90 tokens cannot hold 4 facts"),
+    ],
+)
+def test_errors_are_one_line(arguments: str, message: str) -> None:
+    result = runner.invoke(app, arguments.split())
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.output
+
+
+def test_an_error_that_torch_wrapped_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*arguments: object) -> None:
+        try:
+            raise RefusalError("layer 1 mixes tokens")
+        except RefusalError as error:
+            raise RuntimeError("backend failed") from error
+
+    monkeypatch.setattr(showcase, "run", run)
+    result = runner.invoke(app, ["demo"])
+    assert result.exit_code == 2
+    assert result.stderr == "error: layer 1 mixes tokens\n"
+
+
+def test_other_errors_stay_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*arguments: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(showcase, "run", run)
+    assert isinstance(runner.invoke(app, ["demo"]).exception, ZeroDivisionError)
+
+
+def test_numbers_out_of_range_are_usage_errors() -> None:
+    result = runner.invoke(app, ["demo", "--length", "0"])
+    assert result.exit_code == 2
+    assert "--length" in result.stderr

@@ -1,0 +1,47 @@
+"""The repository says what the code does: options, links, packaging."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from focus_compile.config import FocusConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+LINKS = ("passes", "kernels", "patterns")
+
+
+def test_the_readme_lists_every_option_with_its_default() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    listed = {name: default.strip("`").replace('"', "'") for name, default in rows}
+    expected = {field.name: repr(field.default) for field in dataclasses.fields(FocusConfig)}
+    assert listed == expected | {"mask_token_id": "from `model.config"}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_root_links_lead_into_the_package(name: str) -> None:
+    assert (ROOT / name).readlink() == Path("focus_compile") / name
+    assert (ROOT / name).resolve() == ROOT / "focus_compile" / name
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_nothing_becomes_importable_under_a_links_name(name: str) -> None:
+    assert not (ROOT / name / "__init__.py").exists()
+
+
+def test_the_backend_is_registered() -> None:
+    (found,) = entry_points(group="torch_dynamo_backends", name="focus")
+    assert found.value == "focus_compile.backend:focus"
+
+
+def test_every_bundled_file_is_packaged() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert config["tool"]["setuptools"]["package-data"] == {
+        "focus_compile": ["py.typed"],
+        "focus_compile.demo.tiny_dllm": ["*"],
+    }
