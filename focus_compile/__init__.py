@@ -1,6 +1,6 @@
 """focus_compile: a torch.compile backend that makes diffusion language models fast.
 
-    model = torch.compile(model, backend="focus", options={"mask_token_id": 3})
+model = torch.compile(model, backend="focus", options={"mask_token_id": 3})
 """
 
 from focus_compile.config import FocusConfig

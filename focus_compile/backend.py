@@ -100,7 +100,8 @@ def _plain(
         return ExactOnly(gm.forward, why)
     from torch._inductor.compile_fx import compile_fx
 
-    return ExactOnly(compile_fx(gm, list(example_inputs)), why)
+    run: Any = compile_fx(gm, list(example_inputs))
+    return ExactOnly(run, why)
 
 
 def focus(

@@ -7,8 +7,7 @@ sizes are expressions of the ids' own batch and length.
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +86,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture:
                 remedy="Call the model without a cache (use_cache=False).",
             )
         )
+    assert isinstance(exported, fx.GraphModule)
     values = tuple(n.meta.get("val") for n in exported.graph.find_nodes(op="placeholder"))
     return Capture(exported, original, inputs, values)
 
@@ -94,9 +94,9 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture:
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy that shares parameters and constants but not the graph."""
     graph = fx.Graph()
-    output = graph.graph_copy(gm.graph, {}, return_output_node=True)
-    value, old = output  # type: ignore[misc]
-    graph.output(value).meta.update(copy.copy(old.meta))
+    copied: Any = graph.graph_copy(gm.graph, {}, return_output_node=True)
+    value, old = copied
+    graph.output(value).meta.update(old.meta)
     twin = fx.GraphModule(gm, graph)
     twin.meta = dict(gm.meta)
     return twin
@@ -115,8 +115,7 @@ def _input_info(node: fx.Node) -> InputInfo:
 def _source_name(source: Any) -> str:
     """A source's name as the user wrote it; `name` is a method before torch 2.12."""
     name = getattr(source, "name", "")
-    text = name() if isinstance(name, Callable) else name  # type: ignore[arg-type]
-    return str(text)
+    return str(name() if callable(name) else name)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Mapping
@@ -61,8 +62,9 @@ class FocusConfig:
     """What runs the programs: "inductor", or "eager" (op by op, for debugging)."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.buckets, list):
-            object.__setattr__(self, "buckets", tuple(self.buckets))
+        buckets: object = self.buckets
+        if isinstance(buckets, list):
+            object.__setattr__(self, "buckets", tuple(buckets))
         for field in dataclasses.fields(self):
             _CHECKS[field.name](field.name, getattr(self, field.name))
 
@@ -160,7 +162,7 @@ def _buckets(name: str, value: object) -> None:
         isinstance(value, tuple)
         and len(value) > 0
         and all(_is_int(count, 2) for count in value)
-        and all(a < b for a, b in zip(value, value[1:], strict=False))
+        and all(a < b for a, b in itertools.pairwise(value))
     )
     _expect(ascending, name, value, "ascending row counts >= 2, such as [32, 64, 128]")
 

@@ -44,4 +44,4 @@ def compile(model: Model, **options: Any) -> Model:
     theirs = {k: v for k, v in options.items() if k in ("fullgraph", "dynamic")}
     from focus_compile.backend import focus
 
-    return torch.compile(model, backend=focus, options=options_for(model, ours), **theirs)  # type: ignore[call-overload, no-any-return]
+    return torch.compile(model, backend=focus, options=options_for(model, ours), **theirs)  # type: ignore[call-overload]

@@ -7,6 +7,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import sympy
 import torch
@@ -16,7 +17,7 @@ from focus_compile.capture import Capture
 from focus_compile.config import FocusConfig
 from focus_compile.errors import PassError
 from focus_compile.passes.constant_masks import FoldConstantMasks
-from focus_compile.passes.graph_tools import op_name, shape_of, tensor_of, user_line
+from focus_compile.passes.graph_tools import arg, op_name, shape_of, tensor_of, user_line
 from focus_compile.passes.match_attention import MatchAttention
 from focus_compile.passes.refresh_program import BuildRefresh
 from focus_compile.passes.remove_no_ops import RemoveNoOps
@@ -103,7 +104,8 @@ def plan_graph(captured: Capture, config: FocusConfig) -> tuple[Pipeline, Plan]:
 
 def build_programs(pipeline: Pipeline, plan: Plan) -> ProgramGraphs:
     """The refresh and step graphs of an accepted plan."""
-    graphs = ProgramGraphs(BuildRefresh(plan).apply(pipeline.gm), BuildStep(plan).apply(pipeline.gm))
+    refresh = BuildRefresh(plan).apply(pipeline.gm)
+    graphs = ProgramGraphs(refresh, BuildStep(plan).apply(pipeline.gm))
     pipeline.dump("refresh", graphs.refresh)
     pipeline.dump("step", graphs.step)
     return graphs
@@ -166,7 +168,7 @@ def _find_ids(graph: fx.Graph, weights: set[fx.Node]) -> tuple[fx.Node, int] | N
     for node in graph.nodes:
         if op_name(node) != "embedding.default":
             continue
-        table, index = node.args[:2]
+        table, index = arg(node, 0), arg(node, 1)
         if index.op != "placeholder" or index in weights or len(shape_of(index)) != 2:
             continue
         size = int(shape_of(table)[0])
@@ -175,9 +177,7 @@ def _find_ids(graph: fx.Graph, weights: set[fx.Node]) -> tuple[fx.Node, int] | N
     return best
 
 
-def _roles(
-    captured: Capture, placeholders: list[fx.Node], ids: fx.Node
-) -> tuple[InputRole, ...]:
+def _roles(captured: Capture, placeholders: list[fx.Node], ids: fx.Node) -> tuple[InputRole, ...]:
     roles = []
     for at, (node, info) in enumerate(zip(placeholders, captured.inputs, strict=True)):
         role = "guarded"
@@ -192,9 +192,7 @@ def _roles(
 
 
 def _sites(graph: fx.Graph, config: FocusConfig) -> tuple[Site, ...]:
-    nodes = graph.find_nodes(
-        op="call_function", target=torch.ops.focus_compile.attention.default
-    )
+    nodes = graph.find_nodes(op="call_function", target=torch.ops.focus_compile.attention.default)
     regions = _regions(len(nodes), config)
     return tuple(
         _site(index, node, region)
@@ -203,14 +201,15 @@ def _sites(graph: fx.Graph, config: FocusConfig) -> tuple[Site, ...]:
 
 
 def _site(index: int, node: fx.Node, region: str) -> Site:
-    query, key, value, mask = node.args[:4]
+    arguments: tuple[Any, ...] = node.args
+    query, key, value, mask = arguments[:4]
     tensor = tensor_of(key)
     assert tensor is not None
     return Site(
         index=index,
         node=node.name,
-        key=key.name,  # type: ignore[union-attr]
-        value=value.name,  # type: ignore[union-attr]
+        key=key.name,
+        value=value.name,
         heads=int(shape_of(query)[1]),
         kv_heads=int(shape_of(key)[1]),
         head_dim=int(shape_of(key)[3]),

@@ -45,7 +45,7 @@ class Factor:
     """A factor of one axis: the axis has size outer * factor * inner, row-major."""
 
     axis: int
-    inner: sympy.Expr = sympy.Integer(1)
+    inner: sympy.Expr = sympy.S.One
 
     def __str__(self) -> str:
         return str(self.axis) if self.inner == 1 else f"{self.axis}/{self.inner}"
@@ -177,8 +177,9 @@ class Plan:
             "sites": [site.to_dict() for site in self.sites],
             "row_operations": dict(self.operations),
             "operands": dict(sorted(uses.items())),
-            "gathered": sorted({o.node for row in self.rows for o in row.operands
-                                if o.use == "gather"}),
+            "gathered": sorted(
+                {o.node for row in self.rows for o in row.operands if o.use == "gather"}
+            ),
             "outputs": [{"node": item.node, "axes": str(item.axes)} for item in self.outputs],
         }
 
@@ -192,7 +193,8 @@ class Plan:
         for site in self.sites:
             mask = " mask" if site.masked else ""
             shape = f"{site.heads}/{site.kv_heads} heads of {site.head_dim}"
-            lines.append(f"  layer {site.index:>2} {site.region:<13} {site.spelling}, {shape}{mask}")
+            what = f"{site.region:<13} {site.spelling}, {shape}{mask}"
+            lines.append(f"  layer {site.index:>2} {what}")
         if self.rows:
             counts = ", ".join(f"{name} {count}" for name, count in self.operations)
             lines.append(f"  row-wise: {len(self.rows)} ops ({counts})")

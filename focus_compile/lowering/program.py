@@ -77,7 +77,9 @@ class Program:
                     self._symbols.append((size, at, -1 if spec.shape is None else axis))
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
-        sizes = tuple(args[at] if axis < 0 else args[at].shape[axis] for _, at, axis in self._symbols)
+        sizes = tuple(
+            args[at] if axis < 0 else args[at].shape[axis] for _, at, axis in self._symbols
+        )
         artifact = self._by_sizes.get(sizes)
         if artifact is None:
             artifact = self._find(sizes) or self._compile(sizes, args)
@@ -112,13 +114,11 @@ class Program:
             fakes = [_fake(spec, arg, symbols) for spec, arg in zip(self.inputs, args, strict=True)]
         graph = self._stamped(fakes)
         with tracing(TracingContext(mode)), torch.no_grad():
-            run = compile_fx(graph, fakes)
-        numbers = [s for s in symbols.values() if isinstance(s, torch.SymInt)]
-        free = environment.guards
+            run: Any = compile_fx(graph, fakes)
         guard = None
-        if numbers and free:
+        if environment.guards:
             guard = environment.produce_guards_expression(
-                [s if isinstance(s, torch.SymInt) else s for s in symbols.values()], guards=free
+                list(symbols.values()), guards=environment.guards
             )
         return _Artifact(run, guard, environment)
 
@@ -134,17 +134,17 @@ class Program:
             fresh[symbol] = environment.create_symintnode(expression, hint=hint, source=source)
         return fresh
 
-    def _stamped(self, fakes: list[Any]) -> fx.GraphModule:
+    def _stamped(self, fakes: list[Any]) -> Any:
         """A copy that Inductor may change, with its inputs marked as Dynamo marks them."""
-        graph = copy_graph_module(self.graph)
+        graph: Any = copy_graph_module(self.graph)
         placeholders = graph.graph.find_nodes(op="placeholder")
         for node, spec, fake in zip(placeholders, self.inputs, fakes, strict=True):
             marks = dict(spec.tensor_dict or {})
             if spec.static:
                 marks.setdefault("_dynamo_static_input_type", "unguarded")
             node.meta = {"tensor_dict": marks, "example_value": fake}
-            node._dynamo_source = spec.source  # type: ignore[attr-defined]
-        graph._param_name_to_source = {}  # type: ignore[assignment]
+            node._dynamo_source = spec.source
+        graph._param_name_to_source = {}
         return graph
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from focus_compile.passes.graph_tools import concrete, tensor_of, user_line
+from focus_compile.passes.graph_tools import concrete, fake_of, user_line
 from focus_compile.plan import Refusal
 
 __all__ = ["FoldConstantMasks"]
@@ -57,8 +57,7 @@ def _judge(gm: fx.GraphModule, mask: fx.Node) -> tuple[bool, bool]:
     """(keeps everything at every call, hides every later key from every query)."""
     order = _ancestors(mask)
     inputs = [n for n in order if n.op == "placeholder"]
-    fake = tensor_of(mask)
-    assert fake is not None
+    fake = fake_of(mask)
     elements = 1
     for size in fake.shape:
         elements *= concrete(size)
@@ -112,5 +111,6 @@ def _evaluate(gm: fx.GraphModule, order: list[fx.Node], mask: fx.Node) -> torch.
             kwargs = dict(fx.map_arg(node.kwargs, environment.__getitem__))
             if "device" in kwargs:
                 kwargs["device"] = torch.device("cpu")
-            environment[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            target: Any = node.target
+            environment[node] = target(*args, **kwargs)
     return environment[mask]

@@ -41,11 +41,12 @@ class NormalizeFlexAttention:
 
 
 def _rewrite(gm: fx.GraphModule, node: fx.Node) -> int:
-    query, key, value, score_mod, block_mask, scale = node.args[:6]
-    mask_buffers = node.args[8] if len(node.args) > 8 else ()
-    if not _is_identity(getattr(gm, score_mod.target)) or _uses_logsumexp(node):  # type: ignore[union-attr]
+    arguments: tuple[Any, ...] = node.args
+    query, key, value, score_mod, block_mask, scale = arguments[:6]
+    mask_buffers = arguments[8] if len(arguments) > 8 else ()
+    if not _is_identity(getattr(gm, score_mod.target)) or _uses_logsumexp(node):
         return 0
-    mask_mod = getattr(gm, block_mask[MASK_MOD].target)  # type: ignore[index, union-attr]
+    mask_mod = getattr(gm, block_mask[MASK_MOD].target)
     grouped = _heads(query) != _heads(key)
     graph = gm.graph
     with graph.inserting_before(node):
@@ -86,7 +87,7 @@ def _dense_mask(
 ) -> fx.Node:
     """mask_mod over broadcast aranges: [batch, 1, queries, keys] bool."""
     device = query.meta["example_value"].device
-    sizes = [graph.call_method("size", (query, 0)), 1]
+    sizes: list[Any] = [graph.call_method("size", (query, 0)), 1]
     sizes += [graph.call_method("size", (query, 2)), graph.call_method("size", (key, 2))]
     indices = []
     for axis, size in enumerate(sizes):
@@ -100,7 +101,8 @@ def _dense_mask(
     for inner in mask_mod.graph.nodes:
         if inner.op == "call_function" or inner.op == "call_method":
             environment[inner] = graph.node_copy(inner, environment.__getitem__)
-    result = environment[mask_mod.graph.output_node().args[0]]  # type: ignore[index]
+    output: Any = mask_mod.graph.output_node().args[0]
+    result = environment[output]
     return graph.call_function(torch.broadcast_to, (result, tuple(sizes)))
 
 
@@ -110,32 +112,33 @@ STATEFUL = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled")
 def _erase_dead(graph: fx.Graph) -> None:
     """Dead-code elimination that also drops `setitem` on, and vmap regions of, dead values."""
     live: set[fx.Node] = set()
-
-    def mark(node: fx.Node) -> None:
-        pending = [node]
-        while pending:
-            current = pending.pop()
-            if current not in live:
-                live.add(current)
-                pending.extend(current.all_input_nodes)
-
-    for node in graph.nodes:
-        stateful = any(word in str(node.target) for word in STATEFUL)
-        if node.op in ("output", "placeholder") or stateful:
-            mark(node)
+    _mark(live, [node for node in graph.nodes if _is_root(node)])
     grown = -1
     while grown != len(live):
         grown = len(live)
-        for node in graph.nodes:
-            if node not in live and _writes_into(node, live):
-                mark(node)
-    if any("predispatch" in str(node.target) for node in live):
-        for node in graph.nodes:
-            if "predispatch" in str(node.target):
-                mark(node)
+        _mark(live, [node for node in graph.nodes if _writes_into(node, live)])
+    if any(_is_vmap(node) for node in live):
+        _mark(live, [node for node in graph.nodes if _is_vmap(node)])
     for node in reversed(list(graph.nodes)):
         if node not in live:
             graph.erase_node(node)
+
+
+def _mark(live: set[fx.Node], pending: list[fx.Node]) -> None:
+    """Add nodes and all that they read."""
+    while pending:
+        node = pending.pop()
+        if node not in live:
+            live.add(node)
+            pending.extend(node.all_input_nodes)
+
+
+def _is_root(node: fx.Node) -> bool:
+    return node.op in ("output", "placeholder") or any(w in str(node.target) for w in STATEFUL)
+
+
+def _is_vmap(node: fx.Node) -> bool:
+    return "predispatch" in str(node.target)
 
 
 def _writes_into(node: fx.Node, live: set[fx.Node]) -> bool:

@@ -11,8 +11,10 @@ from torch import fx
 from torch._guards import detect_fake_mode
 
 __all__ = [
+    "arg",
     "concrete",
     "divides",
+    "fake_of",
     "fake_result",
     "insert_call",
     "op_name",
@@ -22,6 +24,11 @@ __all__ = [
     "tensor_of",
     "user_line",
 ]
+
+
+def arg(node: fx.Node, index: int) -> Any:
+    """A positional argument of a node, whatever its kind."""
+    return node.args[index]
 
 
 def op_name(node: fx.Node) -> str:
@@ -37,6 +44,13 @@ def tensor_of(node: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def fake_of(node: Any) -> torch.Tensor:
+    """The node's fake tensor; asserts that there is one."""
+    tensor = tensor_of(node)
+    assert tensor is not None, f"{node} has no tensor value"
+    return tensor
+
+
 def size_expression(size: Any) -> sympy.Expr:
     """An int or SymInt as a sympy expression."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
@@ -44,9 +58,7 @@ def size_expression(size: Any) -> sympy.Expr:
 
 def shape_of(node: Any) -> list[sympy.Expr]:
     """The node's shape as sympy expressions."""
-    tensor = tensor_of(node)
-    assert tensor is not None, f"{node} has no tensor value"
-    return [size_expression(size) for size in tensor.shape]
+    return [size_expression(size) for size in fake_of(node).shape]
 
 
 def divides(divisor: sympy.Expr, value: sympy.Expr) -> bool:

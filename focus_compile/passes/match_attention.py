@@ -9,7 +9,14 @@ import torch
 from torch import fx
 
 from focus_compile.kernels.attention import op as _attention  # noqa: F401  (defines the op)
-from focus_compile.passes.graph_tools import insert_call, op_name, shape_of, tensor_of, user_line
+from focus_compile.passes.graph_tools import (
+    arg,
+    fake_of,
+    insert_call,
+    op_name,
+    shape_of,
+    user_line,
+)
 from focus_compile.patterns.grouped_query import strip_repeat
 from focus_compile.patterns.match import AttentionMatch, MaskTerm, Miss, look_through
 from focus_compile.patterns.sdpa import ScaledDotProduct
@@ -72,21 +79,18 @@ def _canonicalise(graph: fx.Graph, match: AttentionMatch) -> None:
         site.meta["spelling"] = match.spelling
         site.meta["stack_trace"] = output.meta.get("stack_trace") or output.stack_trace
         result = site
-        expected = tensor_of(output)
-        assert expected is not None
+        expected = fake_of(output)
         if expected.dim() == 3:
             result = insert_call(graph, aten.reshape.default, site, _sizes(output))
         if result.meta["val"].dtype != expected.dtype:
-            raise Miss(f"the output is {expected.dtype}, the queries are {tensor_of(query).dtype}")  # type: ignore[union-attr]
+            raise Miss(f"the output is {expected.dtype}, the queries are {fake_of(query).dtype}")
     output.replace_all_uses_with(result)
     graph.erase_node(output)
 
 
 def _sizes(node: fx.Node) -> list[Any]:
     """The node's sizes as arguments of a reshape, symbolic ones as -1."""
-    tensor = tensor_of(node)
-    assert tensor is not None
-    sizes: list[Any] = [size if isinstance(size, int) else -1 for size in tensor.shape]
+    sizes: list[Any] = [size if isinstance(size, int) else -1 for size in fake_of(node).shape]
     if sizes.count(-1) > 1:
         raise Miss("flattened heads with a symbolic batch")
     return sizes
@@ -98,16 +102,16 @@ def _upright_key(graph: fx.Graph, match: AttentionMatch) -> fx.Node:
         return match.key
     key = look_through(match.key)
     if _swaps_last_axes(key):
-        return key.args[0]  # type: ignore[return-value]
+        return arg(key, 0)
     return insert_call(graph, aten.transpose.int, match.key, -2, -1)
 
 
 def _swaps_last_axes(node: fx.Node) -> bool:
     rank = len(shape_of(node))
     if op_name(node) == "transpose.int":
-        return {int(axis) % rank for axis in node.args[1:3]} == {rank - 1, rank - 2}  # type: ignore[arg-type]
+        return {arg(node, 1) % rank, arg(node, 2) % rank} == {rank - 1, rank - 2}
     if op_name(node) == "permute.default":
-        order = [int(axis) % rank for axis in node.args[1]]  # type: ignore[union-attr, arg-type]
+        order = [int(axis) % rank for axis in arg(node, 1)]
         return order == [*range(rank - 2), rank - 1, rank - 2]
     return op_name(node) in ("mT.default", "numpy_T.default") and rank >= 2
 
@@ -129,9 +133,7 @@ def _with_heads(graph: fx.Graph, node: fx.Node, heads: list[Any] | None) -> fx.N
     raise Miss("an operand has 3 axes and no flattened heads behind it")
 
 
-def _without_repeats(
-    query: fx.Node, key: fx.Node, value: fx.Node
-) -> tuple[fx.Node, fx.Node]:
+def _without_repeats(query: fx.Node, key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
     bare_key, repeats = strip_repeat(key)
     bare_value, value_repeats = strip_repeat(value)
     if repeats == value_repeats and repeats > 1:
@@ -169,7 +171,8 @@ def _canonical_mask(graph: fx.Graph, term: MaskTerm | None, query: fx.Node) -> f
     dropped = mask if term.kind == "not" else insert_call(graph, aten.logical_not.default, mask)
     if term.fill == float("-inf"):
         return mask if term.kind == "bool" else insert_call(graph, aten.logical_not.default, mask)
-    kind = tensor_of(query).dtype  # type: ignore[union-attr]
-    zeros = insert_call(graph, aten.to.dtype, insert_call(graph, aten.zeros_like.default, mask), kind)
+    kind = fake_of(query).dtype
+    zeros = insert_call(graph, aten.zeros_like.default, mask)
+    zeros = insert_call(graph, aten.to.dtype, zeros, kind)
     lowest = max(term.fill, torch.finfo(kind).min)
     return insert_call(graph, aten.masked_fill.Scalar, zeros, dropped, lowest)

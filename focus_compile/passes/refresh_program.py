@@ -42,9 +42,10 @@ class BuildRefresh:
             new = environment[node]
             key, value = new.args[1], new.args[2]
             with graph.inserting_before(new):
+                caches = (state[f"{what}_cache_{site.index}"] for what in ("key", "value"))
                 cached = [
-                    graph.call_function(aten.copy_.default, (state[f"{what}_cache_{site.index}"], x))
-                    for what, x in (("key", key), ("value", value))
+                    graph.call_function(aten.copy_.default, pair)
+                    for pair in zip(caches, (key, value), strict=True)
                 ]
                 if site.region == "sparse-suffix":
                     summaries = graph.call_function(

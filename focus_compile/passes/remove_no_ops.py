@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from focus_compile.passes.graph_tools import op_name, shape_of, tensor_of
+from focus_compile.passes.graph_tools import arg, fake_of, op_name, shape_of
 
 __all__ = ["RemoveNoOps"]
 
@@ -59,7 +59,7 @@ class RemoveNoOps:
 
 def _same_as_input(node: fx.Node, name: str) -> fx.Node | None:
     rule = _IDENTITY.get(name)
-    source = node.args[0] if node.args else None
+    source = arg(node, 0) if node.args else None
     if rule is None or not isinstance(source, fx.Node):
         return None
     return source if rule(node, source) else None
@@ -70,12 +70,11 @@ def _always(node: fx.Node, source: fx.Node) -> bool:
 
 
 def _dropout_is_off(node: fx.Node, source: fx.Node) -> bool:
-    return node.args[1] == 0 or not node.args[2]
+    return bool(arg(node, 1) == 0 or not arg(node, 2))
 
 
 def _same_dtype_and_device(node: fx.Node, source: fx.Node) -> bool:
-    a, b = tensor_of(node), tensor_of(source)
-    assert a is not None and b is not None
+    a, b = fake_of(node), fake_of(source)
     return a.dtype == b.dtype and a.device == b.device
 
 
@@ -84,12 +83,12 @@ def _same_shape(node: fx.Node, source: fx.Node) -> bool:
 
 
 def _whole_slice(node: fx.Node, source: fx.Node) -> bool:
-    start = node.args[2] if len(node.args) > 2 else 0
-    step = node.args[4] if len(node.args) > 4 else 1
-    end = node.args[3] if len(node.args) > 3 else None
+    start = arg(node, 2) if len(node.args) > 2 else 0
+    step = arg(node, 4) if len(node.args) > 4 else 1
+    end = arg(node, 3) if len(node.args) > 3 else None
     if start not in (0, None) or step != 1:
         return False
-    return end is None or end == sys.maxsize or _same_shape(node, source)
+    return bool(end is None or end == sys.maxsize) or _same_shape(node, source)
 
 
 _IDENTITY: dict[str, Callable[[fx.Node, fx.Node], bool]] = {
@@ -123,5 +122,3 @@ def _drop_disabled_autocast(graph: fx.Graph) -> int:
 def _enabled(enter: fx.Node) -> bool:
     device, _, enabled = enter.args[:3]
     return bool(enabled) or torch.is_autocast_enabled(str(device))
-
-

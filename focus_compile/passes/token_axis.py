@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import sympy
 import torch
@@ -81,9 +82,8 @@ def hidden_values(graph: fx.Graph, ids: fx.Node, weights: set[fx.Node]) -> set[f
         if node.op == "get_attr":
             from_weights.add(node)
         inputs = node.all_input_nodes
-        if not inputs or tensor_of(node) is None and not isinstance(
-            node.meta.get("val"), (tuple, list)
-        ):
+        is_number = tensor_of(node) is None and not isinstance(node.meta.get("val"), (tuple, list))
+        if not inputs or is_number:
             continue
         of_ids = any(n in from_ids for n in inputs)
         of_weights = any(n in from_weights for n in inputs)
@@ -202,7 +202,7 @@ class Demands:
                 self.refuse("computes with the number of tokens")
         self._record(Operand(node.name, "full"))
 
-    def refuse(self, reason: str) -> None:
+    def refuse(self, reason: str) -> NoReturn:
         """Raise NotTokenWise for the op at hand."""
         assert self.consumer is not None
         name = op_name(self.consumer)

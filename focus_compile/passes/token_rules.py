@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch import fx
 
-from focus_compile.passes.graph_tools import divides, op_name, position, shape_of, tensor_of
+from focus_compile.passes.graph_tools import arg, divides, op_name, position, shape_of, tensor_of
 from focus_compile.plan import Factor, RowAxes
 
 if TYPE_CHECKING:
@@ -90,24 +90,24 @@ def _elementwise(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
 
 def _embedding(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     _forbid(demands, axes, [_rank(node) - 1], "looks up along")
-    demands.need_full(node.args[0])
-    demands.need_rows(node.args[1], axes)
+    demands.need_full(arg(node, 0))
+    demands.need_rows(arg(node, 1), axes)
 
 
 def _linear(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     _forbid(demands, axes, [_rank(node) - 1], "produces features along")
-    demands.need_rows(node.args[0], axes)
+    demands.need_rows(arg(node, 0), axes)
     for weight in (*node.args[1:], *node.kwargs.values()):
         demands.need_full(weight)
 
 
 def _matmul(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
-    _product(demands, node, axes, node.args[0], node.args[1])
+    _product(demands, node, axes, arg(node, 0), arg(node, 1))
 
 
 def _addmm(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
-    demands.need_broadcast(node.args[0], axes, shape_of(node))
-    _product(demands, node, axes, node.args[1], node.args[2])
+    demands.need_broadcast(arg(node, 0), axes, shape_of(node))
+    _product(demands, node, axes, arg(node, 1), arg(node, 2))
 
 
 def _product(demands: Demands, node: fx.Node, axes: RowAxes, left: Any, right: Any) -> None:
@@ -132,15 +132,15 @@ def _product(demands: Demands, node: fx.Node, axes: RowAxes, left: Any, right: A
 
 def _normalisation(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     """layer_norm, rms_norm(input, normalized_shape, ...): over the last axes."""
-    rank, width = _rank(node), len(node.args[1])  # type: ignore[arg-type]
+    rank, width = _rank(node), len(arg(node, 1))
     _forbid(demands, axes, range(rank - width, rank), "normalises over")
-    demands.need_rows(node.args[0], axes)
+    demands.need_rows(arg(node, 0), axes)
     for weight in (*node.args[2:], *node.kwargs.values()):
         demands.need_full(weight)
 
 
 def _reduction(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
-    source = node.args[0]
+    source = arg(node, 0)
     rank = _rank(source)
     dims = _argument(node, 1, "dim", None)
     if op_name(node).split(".")[0] in ("norm", "linalg_vector_norm"):
@@ -162,7 +162,7 @@ def _first_tensor(node: fx.Node) -> torch.Tensor:
 
 def _along_axis(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     """Softmax, cumsum, sort, flip, ...: fine along any axis but the rows'."""
-    source = node.args[0]
+    source = arg(node, 0)
     name = op_name(node).split(".")[0]
     index = {"topk": 2, "roll": 2}.get(name, 1)
     keyword = "dims" if name in ("flip", "roll") else "dim"
@@ -177,29 +177,29 @@ def _along_axis(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
 def _transpose(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     rank = _rank(node)
     order = list(range(rank))
-    a, b = (position(int(d), rank) for d in node.args[1:3])  # type: ignore[arg-type]
+    a, b = position(arg(node, 1), rank), position(arg(node, 2), rank)
     order[a], order[b] = order[b], order[a]
-    demands.need_rows(node.args[0], _map(axes, lambda f: Factor(order[f.axis], f.inner)))
+    demands.need_rows(arg(node, 0), _map(axes, lambda f: Factor(order[f.axis], f.inner)))
 
 
 def _matrix_transpose(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     rank = _rank(node)
     order = [*range(rank - 2), rank - 1, rank - 2]
-    demands.need_rows(node.args[0], _map(axes, lambda f: Factor(order[f.axis], f.inner)))
+    demands.need_rows(arg(node, 0), _map(axes, lambda f: Factor(order[f.axis], f.inner)))
 
 
 def _permute(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
-    order = [position(int(d), _rank(node)) for d in node.args[1]]  # type: ignore[union-attr, arg-type]
-    demands.need_rows(node.args[0], _map(axes, lambda f: Factor(order[f.axis], f.inner)))
+    order = [position(int(d), _rank(node)) for d in arg(node, 1)]
+    demands.need_rows(arg(node, 0), _map(axes, lambda f: Factor(order[f.axis], f.inner)))
 
 
 def _unsqueeze(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
-    new = position(int(node.args[1]), _rank(node))  # type: ignore[arg-type]
-    demands.need_rows(node.args[0], _map(axes, lambda f: Factor(f.axis - (f.axis > new), f.inner)))
+    new = position(int(arg(node, 1)), _rank(node))
+    demands.need_rows(arg(node, 0), _map(axes, lambda f: Factor(f.axis - (f.axis > new), f.inner)))
 
 
 def _squeeze(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
-    source = node.args[0]
+    source = arg(node, 0)
     shape, dims = shape_of(source), _argument(node, 1, "dim", None)
     if dims is None:
         dims = range(len(shape))
@@ -210,7 +210,7 @@ def _squeeze(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
 
 
 def _expand(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
-    demands.need_broadcast(node.args[0], axes, shape_of(node))
+    demands.need_broadcast(arg(node, 0), axes, shape_of(node))
 
 
 def moved_by_reshape(
@@ -234,7 +234,7 @@ def moved_by_reshape(
 
 
 def _reshape(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
-    source = node.args[0]
+    source = arg(node, 0)
     before, after = shape_of(node), shape_of(source)
     token = moved_by_reshape(axes.token, demands.length, before, after)
     batch = None
@@ -242,20 +242,19 @@ def _reshape(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
         batch = moved_by_reshape(axes.batch, demands.batch, before, after)
     if token is None or (axes.batch is not None and batch is None):
         demands.refuse(f"reshapes {after} to {before}, which cuts through the rows")
-        return
     demands.need_rows(source, RowAxes(token, batch))
 
 
 def _cat(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     axis = position(int(_argument(node, 1, "dim", 0)), _rank(node))
     _forbid(demands, axes, [axis], "concatenates along")
-    for operand in node.args[0]:  # type: ignore[union-attr]
+    for operand in arg(node, 0):
         demands.need_rows(operand, axes)
 
 
 def _stack(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     new = position(int(_argument(node, 1, "dim", 0)), _rank(node))
-    for operand in node.args[0]:  # type: ignore[union-attr]
+    for operand in arg(node, 0):
         demands.need_rows(operand, _map(axes, lambda f: Factor(f.axis - (f.axis > new), f.inner)))
 
 
@@ -265,59 +264,59 @@ def _slice(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     for bound in node.args[2:]:
         if isinstance(bound, fx.Node):
             demands.need_size(bound)
-    demands.need_rows(node.args[0], axes)
+    demands.need_rows(arg(node, 0), axes)
 
 
 def _select(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
-    axis = position(int(node.args[1]), _rank(node.args[0]))  # type: ignore[arg-type]
+    axis = position(int(arg(node, 1)), _rank(arg(node, 0)))
     inner = _map(axes, lambda f: Factor(f.axis + (f.axis >= axis), f.inner))
-    demands.need_rows(node.args[0], inner)
+    demands.need_rows(arg(node, 0), inner)
 
 
 def _split(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
-    axis = position(int(_argument(node, 2, "dim", 0)), _rank(node.args[0]))
+    axis = position(int(_argument(node, 2, "dim", 0)), _rank(arg(node, 0)))
     _forbid(demands, axes, [axis], "splits")
-    demands.need_rows(node.args[0], axes)
+    demands.need_rows(arg(node, 0), axes)
 
 
 def _unbind(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
-    axis = position(int(_argument(node, 1, "dim", 0)), _rank(node.args[0]))
+    axis = position(int(_argument(node, 1, "dim", 0)), _rank(arg(node, 0)))
     inner = _map(axes, lambda f: Factor(f.axis + (f.axis >= axis), f.inner))
-    demands.need_rows(node.args[0], inner)
+    demands.need_rows(arg(node, 0), inner)
 
 
 def _getitem(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     """An element of a tuple: its axes are those of every element."""
-    source = node.args[0]
+    source = arg(node, 0)
     assert isinstance(source, fx.Node)
     demands.need_tuple(source, axes)
 
 
 def _gather(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
-    axis = position(int(node.args[1]), _rank(node))  # type: ignore[arg-type]
+    axis = position(int(arg(node, 1)), _rank(node))
     _forbid(demands, axes, [axis], "gathers along")
-    demands.need_rows(node.args[0], axes)
-    demands.need_rows(node.args[2], axes)
+    demands.need_rows(arg(node, 0), axes)
+    demands.need_rows(arg(node, 2), axes)
 
 
 def _index_select(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
-    axis = position(int(node.args[1]), _rank(node))  # type: ignore[arg-type]
+    axis = position(int(arg(node, 1)), _rank(node))
     _forbid(demands, axes, [axis], "indexes")
-    demands.need_rows(node.args[0], axes)
-    demands.need_full(node.args[2])
+    demands.need_rows(arg(node, 0), axes)
+    demands.need_full(arg(node, 2))
 
 
 def _pad(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
-    rank, widths = _rank(node), node.args[1]
-    padded = [rank - 1 - i // 2 for i, width in enumerate(widths) if width != 0]  # type: ignore[arg-type]
+    rank, widths = _rank(node), arg(node, 1)
+    padded = [rank - 1 - i // 2 for i, width in enumerate(widths) if width != 0]
     _forbid(demands, axes, padded, "pads")
-    demands.need_rows(node.args[0], axes)
+    demands.need_rows(arg(node, 0), axes)
 
 
 def _repeat(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
-    source, counts = node.args[0], node.args[1]
-    rank, shift = len(counts), len(counts) - _rank(source)  # type: ignore[arg-type]
-    repeated = [axis for axis in range(rank) if counts[axis] != 1 and axis >= shift]  # type: ignore[index]
+    source, counts = arg(node, 0), arg(node, 1)
+    rank, shift = len(counts), len(counts) - _rank(source)
+    repeated = [axis for axis in range(rank) if counts[axis] != 1 and axis >= shift]
     _forbid(demands, axes, repeated, "repeats")
     demands.need_rows(source, axes, rank=rank)
 
@@ -327,7 +326,7 @@ def _repeat_interleave(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     if axis is None:
         demands.refuse("repeats the flattened tokens")
     _forbid(demands, axes, [position(int(axis), _rank(node))], "repeats")
-    demands.need_rows(node.args[0], axes)
+    demands.need_rows(arg(node, 0), axes)
 
 
 def _attention(demands: Demands, node: fx.Node, axes: RowAxes) -> None:

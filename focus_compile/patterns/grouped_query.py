@@ -1,4 +1,4 @@
-"""K/V heads repeated for grouped-query attention: repeat_interleave, or unsqueeze-expand-reshape."""
+"""Repeated K/V heads of grouped-query attention: repeat_interleave, or unsqueeze-expand-reshape."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from focus_compile.passes.graph_tools import op_name, position, shape_of
+from focus_compile.passes.graph_tools import arg, op_name, position, shape_of
 from focus_compile.patterns.match import look_through
 
 __all__ = ["examples", "strip_repeat"]
@@ -23,9 +23,9 @@ def strip_repeat(node: fx.Node) -> tuple[fx.Node, int]:
     """
     behind = look_through(node)
     if op_name(behind) == "repeat_interleave.self_int":
-        axis = behind.args[2] if len(behind.args) > 2 else behind.kwargs.get("dim")
-        if axis is not None and position(int(axis), len(shape_of(behind))) == HEAD_AXIS:  # type: ignore[arg-type]
-            return behind.args[0], int(behind.args[1])  # type: ignore[arg-type, return-value]
+        axis: Any = arg(behind, 2) if len(behind.args) > 2 else behind.kwargs.get("dim")
+        if axis is not None and position(int(axis), len(shape_of(behind))) == HEAD_AXIS:
+            return arg(behind, 0), int(arg(behind, 1))
     if op_name(behind) == "reshape.default":
         return _expanded(node, behind)
     return node, 1
@@ -33,18 +33,18 @@ def strip_repeat(node: fx.Node) -> tuple[fx.Node, int]:
 
 def _expanded(node: fx.Node, reshape: fx.Node) -> tuple[fx.Node, int]:
     """reshape(expand(unsqueeze(x, 2), [B, Hkv, r, S, d]), [B, Hkv * r, S, d])."""
-    expand = look_through(reshape.args[0])  # type: ignore[arg-type]
+    expand = look_through(arg(reshape, 0))
     if op_name(expand) != "expand.default" or len(shape_of(expand)) != 5:
         return node, 1
-    inner = expand.args[0]
+    inner = arg(expand, 0)
     assert isinstance(inner, fx.Node)
     batch, heads, repeats, length, width = shape_of(expand)
     before = [batch, heads, 1, length, width]
     if shape_of(inner) != before or shape_of(reshape) != [batch, heads * repeats, length, width]:
         return node, 1
     inner = look_through(inner)
-    if op_name(inner) == "unsqueeze.default" and int(inner.args[1]) in (2, -3):  # type: ignore[arg-type]
-        return inner.args[0], int(repeats)  # type: ignore[return-value]
+    if op_name(inner) == "unsqueeze.default" and int(arg(inner, 1)) in (2, -3):
+        return arg(inner, 0), int(repeats)
     return node, 1
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from focus_compile.passes.graph_tools import op_name, shape_of, tensor_of
+from focus_compile.passes.graph_tools import arg, op_name, shape_of, tensor_of
 
 __all__ = ["CASTS", "AttentionMatch", "MaskTerm", "Miss", "look_through", "mask_rank_is_four"]
 
@@ -51,8 +51,8 @@ class AttentionMatch:
 
 def look_through(node: fx.Node, names: set[str] = CASTS) -> fx.Node:
     """The value behind casts and copies."""
-    while op_name(node) in names and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    while op_name(node) in names and isinstance(arg(node, 0), fx.Node):
+        node = arg(node, 0)
     return node
 
 

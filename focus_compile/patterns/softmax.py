@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from focus_compile.passes.graph_tools import op_name, position, shape_of
+from focus_compile.passes.graph_tools import arg, op_name, position, shape_of
 from focus_compile.patterns.match import CASTS, AttentionMatch, MaskTerm, Miss, look_through
 
 __all__ = ["MatmulSoftmaxMatmul"]
@@ -37,10 +37,10 @@ class MatmulSoftmaxMatmul:
     @staticmethod
     def match(node: fx.Node) -> AttentionMatch:
         """Raises Miss: the condition that failed."""
-        source = node.args[0]
+        source = arg(node, 0)
         assert isinstance(source, fx.Node)
         rank = len(shape_of(source))
-        if position(int(node.args[1]), rank) != rank - 1:  # type: ignore[arg-type]
+        if position(int(arg(node, 1)), rank) != rank - 1:
             raise Miss("softmax is not over the last axis")
         scores, scale, mask = _unwrap_scores(source)
         query, key = _operands(scores, "scores")
@@ -107,7 +107,7 @@ def _unwrap_scores(node: fx.Node) -> tuple[fx.Node, float, MaskTerm | None]:
         name = op_name(node)
         if name in SCALINGS:
             scale *= _number(node)
-            node = node.args[0]  # type: ignore[assignment]
+            node = arg(node, 0)
             continue
         step = _mask_step(node, name)
         if step is None:
@@ -125,29 +125,29 @@ def _mask_step(node: fx.Node, name: str) -> tuple[fx.Node, MaskTerm] | None:
         scores, mask = _split_sum(node)
         return scores, MaskTerm("add", mask)
     if name == "masked_fill.Scalar":
-        return node.args[0], MaskTerm("not", node.args[1], _fill(node.args[2]))  # type: ignore[arg-type, return-value]
+        return arg(node, 0), MaskTerm("not", arg(node, 1), _fill(arg(node, 2)))
     if name == "where.ScalarOther":
-        return node.args[1], MaskTerm("bool", node.args[0], _fill(node.args[2]))  # type: ignore[arg-type, return-value]
+        return arg(node, 1), MaskTerm("bool", arg(node, 0), _fill(arg(node, 2)))
     if name in ("where.self", "masked_fill.Tensor"):
         return _tensor_fill(node, name)
     return None
 
 
 def _tensor_fill(node: fx.Node, name: str) -> tuple[fx.Node, MaskTerm]:
-    condition, kept, other = node.args[:3]
+    condition, kept, other = (arg(node, index) for index in range(3))
     kind = "bool"
     if name == "masked_fill.Tensor":
         condition, kept, kind = kept, condition, "not"
-    return kept, MaskTerm(kind, condition, _fill(_constant(other)))  # type: ignore[arg-type, return-value]
+    return kept, MaskTerm(kind, condition, _fill(_constant(other)))
 
 
 def _constant(node: Any) -> float:
     """The number in a 0-d constant tensor (`full`, `scalar_tensor`, or a captured constant)."""
     node = look_through(node)
     if op_name(node) == "full.default":
-        return float(node.args[1])
+        return float(arg(node, 1))
     if op_name(node) == "scalar_tensor.default":
-        return float(node.args[0])
+        return float(arg(node, 0))
     if node.op == "get_attr":
         tensor = getattr(node.graph.owning_module, str(node.target))
         if tensor.numel() == 1:
@@ -180,43 +180,43 @@ def _leads_to_product(node: fx.Node) -> bool:
             return True
         if op_name(node) not in ("masked_fill.Scalar", "add.Tensor"):
             return False
-        node = node.args[0]  # type: ignore[assignment]
+        node = arg(node, 0)
     return False
 
 
 def _number(node: fx.Node) -> float:
-    factor = node.args[1]
+    factor = arg(node, 1)
     if isinstance(factor, fx.Node):
         raise Miss("the scale is a tensor")
-    return float(factor) if op_name(node).startswith("mul") else 1 / float(factor)  # type: ignore[arg-type]
+    return float(factor) if op_name(node).startswith("mul") else 1 / float(factor)
 
 
 def _operands(node: fx.Node, what: str) -> tuple[fx.Node, fx.Node]:
     where = PRODUCTS.get(op_name(node))
     if where is None:
         raise Miss(f"the {what} come from {op_name(node)}, expected a matrix product")
-    left, right = node.args[where[0]], node.args[where[1]]
-    return left, right  # type: ignore[return-value]
+    return arg(node, where[0]), arg(node, where[1])
 
 
 def _absorb_baddbmm(
     node: fx.Node, scale: float, mask: MaskTerm | None
 ) -> tuple[float, MaskTerm | None]:
     """baddbmm(input, q, k, beta, alpha) = beta * input + alpha * q k."""
-    beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+    named: dict[str, Any] = dict(node.kwargs)
+    beta, alpha = named.get("beta", 1), named.get("alpha", 1)
     if beta == 0:
-        return scale * float(alpha), mask  # type: ignore[arg-type]
+        return scale * float(alpha), mask
     if mask is not None or scale != 1.0 or beta != 1:
         raise Miss("baddbmm adds a bias that is scaled or masked again")
-    return float(alpha), MaskTerm("add", node.args[0])  # type: ignore[arg-type]
+    return float(alpha), MaskTerm("add", arg(node, 0))
 
 
 def _peel_scale(node: fx.Node) -> tuple[fx.Node, float]:
     """A number multiplied into q or k."""
     factor, inner = 1.0, look_through(node)
-    while op_name(inner) in SCALINGS and not isinstance(inner.args[1], fx.Node):
+    while op_name(inner) in SCALINGS and not isinstance(arg(inner, 1), fx.Node):
         factor *= _number(inner)
-        inner = look_through(inner.args[0])  # type: ignore[arg-type]
+        inner = look_through(arg(inner, 0))
         node = inner
     return node, factor
 
@@ -232,6 +232,6 @@ def _consumer(softmax: fx.Node) -> tuple[fx.Node, fx.Node]:
             break
         node = users[0]
     output = users[0]
-    if op_name(output) not in ("matmul.default", "bmm.default") or output.args[0] is not node:
+    if op_name(output) not in ("matmul.default", "bmm.default") or arg(output, 0) is not node:
         raise Miss(f"the attention probabilities are consumed by {op_name(output)}")
-    return output, output.args[1]  # type: ignore[return-value]
+    return output, arg(output, 1)

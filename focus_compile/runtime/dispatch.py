@@ -84,9 +84,13 @@ class Dispatcher:
             return self._refused
         if self.policy is None:
             return 'policy="exact"'
-        if not bool((ids == self.config.mask_token_id).any()):
+        if not bool(self._masked(ids).any()):
             return "no mask token in the input"
         return None
+
+    def _masked(self, ids: Tensor) -> Tensor:
+        assert self.config.mask_token_id is not None
+        return ids.eq(self.config.mask_token_id)
 
     def _exact(self, args: Sequence[Any], why: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         ids = args[self.plan.ids.position]
@@ -119,7 +123,7 @@ class Dispatcher:
         return outputs, entry
 
     def _begin(self, args: Sequence[Any], call: CallInputs) -> Trajectory:
-        masked = call.ids == self.config.mask_token_id
+        masked = self._masked(call.ids)
         blocks = Blocks.of(masked, self.config.block_length)
         candidates = blocks.response_start // self.plan.key_block
         keep = (candidates * self.config.keep_ratio).ceil().long()
@@ -138,7 +142,7 @@ class Dispatcher:
     def _continue(
         self, trajectory: Trajectory, args: Sequence[Any], call: CallInputs
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        masked = call.ids == self.config.mask_token_id
+        masked = self._masked(call.ids)
         changed = trajectory.ids != call.ids
         recall = _recall(changed, trajectory.predicted)
         block = trajectory.blocks.current(masked)
@@ -181,7 +185,7 @@ class Dispatcher:
         self, trajectory: Trajectory, args: Sequence[Any], call: CallInputs, why: str
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         outputs = self.programs.refresh(*args, *trajectory.caches)
-        masked = call.ids == self.config.mask_token_id
+        masked = self._masked(call.ids)
         logits = outputs[self.plan.logits]
         trajectory.confidence = torch.zeros(call.ids.shape, device=call.ids.device)
         trajectory.confidence[masked] = confidence(logits[masked])[0]
@@ -256,4 +260,3 @@ def _recall(changed: Tensor, predicted: Tensor | None) -> float | None:
     if predicted is None or decided == 0:
         return None
     return int((changed & predicted).sum()) / decided
-

@@ -56,9 +56,7 @@ class Programs:
             _model_input(info.name, value, plan, at, info.source, info.tensor_dict)
             for at, (info, value) in enumerate(zip(captured.inputs, captured.values, strict=True))
         ]
-        state = [
-            InputSpec(name, shape, static=True) for name, shape in state_shapes(plan).items()
-        ]
+        state = [InputSpec(name, shape, static=True) for name, shape in state_shapes(plan).items()]
         per_row = (plan.batch, ACTIVE)
         shapes = dict.fromkeys(("rows", "row_weight", "focus_weight"), per_row)
         step = [InputSpec(name, shapes.get(name, (plan.batch,))) for name in STEP_INPUTS]
