@@ -11,7 +11,7 @@ from focus_compile.demo.arms import Arm
 
 @pytest.fixture
 def quick_arms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arms that need no Inductor: dense is the plain model, focus runs its programs op by op."""
+    """Arms without Inductor: dense is the plain model, focus runs its programs op by op."""
     compile_arm = Arm.compile
 
     def compile_quickly(arm: Arm, model: Any) -> Any:

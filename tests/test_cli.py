@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from focus_compile.cli import app
@@ -30,18 +31,37 @@ def test_help_needs_no_transformers() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-@pytest.mark.usefixtures("quick_arms")
-def test_demo_writes_its_result(tmp_path: Path) -> None:
+def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def run(settings: showcase.ShowcaseSettings, console: Console) -> showcase.ShowcaseResult:
+        seen.append(settings)
+        dense = showcase.ArmResult(3, 3, 10.0, 20.0, 32, 6144)
+        focus = showcase.ArmResult(3, 3, 0.8, 30.0, 32, 1024)
+        return showcase.ShowcaseResult(dense, focus, same_answers=True, settings={"length": 192})
+
+    monkeypatch.setattr(showcase, "run", run)
     file = tmp_path / "demo.json"
-    options = "--length 192 --gen-length 32 --block-length 16 --questions 2 --kind table --seed 1"
-    result = runner.invoke(
-        app, ["demo", *options.split(), "--policy", "dual-cache", "--json", str(file)]
+    options = (
+        "demo --length 192 --gen-length 32 --block-length 16 --questions 3 --kind table --seed 1 "
+        "--policy dual-cache --keep-ratio 0.25"
     )
+    result = runner.invoke(app, [*options.split(), "--json", str(file)])
     assert result.exit_code == 0, result.output
-    assert "times as fast" in result.output
-    settings = json.loads(file.read_text())["settings"]
-    asked = {"length": 192, "gen_length": 32, "questions": 2, "kind": "table", "seed": 1}
-    assert settings == settings | asked | {"policy": "dual-cache", "keep_ratio": 0.5}
+    assert seen == [
+        showcase.ShowcaseSettings(
+            length=192,
+            gen_length=32,
+            block_length=16,
+            questions=3,
+            kind="table",
+            seed=1,
+            policy="dual-cache",
+            keep_ratio=0.25,
+        )
+    ]
+    assert "the same answers as dense, 12.5 times as fast" in result.output
+    assert json.loads(file.read_text())["focus"]["rows"] == 1024
 
 
 def test_fidelity_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
