@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -38,6 +39,15 @@ VISIBLE = 1e-3
 """Logits have std 2; float32 rounding is below 1e-4, an effect of another token above this."""
 
 quick = settings(max_examples=20, deadline=None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors this small only wait for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def random_ids(batch: int = 2, length: int = 11, seed: int = 0) -> Tensor:

@@ -53,7 +53,11 @@ _MIXES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Mixer(nn.Module):
-    """x [B, T, C] plus a mix of its rows (batch_mean: of the sequences)."""
+    """x [B, T, C] plus a mix of its rows (batch_mean: of the sequences).
+
+    Dynamo breaks the graph at gru: each part must be refused by itself, also the one that ends
+    in hidden states and the one that begins with them.
+    """
 
     def __init__(self, kind: str, weights: Weights, width: int) -> None:
         super().__init__()
