@@ -262,13 +262,13 @@ def _miss_hint(matching: MatchAttention) -> str:
 
 
 def _logits_index(graph: fx.Graph, vocabulary: int) -> int:
-    """The output whose last axis is at least the vocabulary, or the widest one."""
+    """The output whose last axis is the vocabulary."""
     output = graph.output_node().args[0]
     values = list(output) if isinstance(output, (tuple, list)) else [output]
     widths = [int(shape_of(v)[-1]) if isinstance(v, fx.Node) else 0 for v in values]
     if any(not isinstance(value, fx.Node) for value in values):
         raise NotTokenWise(Refusal("the graph returns something that is no tensor"))
-    for index, width in enumerate(widths):
-        if width == vocabulary:
-            return index
-    return widths.index(max(widths))
+    if vocabulary not in widths:
+        reason = f"no output is logits over the {vocabulary} embeddings (widths {widths})"
+        raise NotTokenWise(Refusal(reason, remedy="Compile the whole model, head included."))
+    return widths.index(vocabulary)

@@ -1,9 +1,9 @@
 """Drop what changes nothing, and write every view as a reshape.
 
 Cases: (1) metadata asserts, (2) alias, lift, detach and same-dtype casts, (3) dropout that is off,
-(4) slices of a whole axis and expands to the same shape, (5) autocast regions that are off,
-(6) view and _unsafe_view as reshape, since a rewritten producer may have
-other strides than the traced one.
+(4) slices of a whole axis, expands to the same shape and identity permutes, (5) autocast regions
+that are off, (6) view and _unsafe_view as reshape, since a rewritten producer may have other
+strides than the traced one.
 """
 
 from __future__ import annotations
@@ -91,6 +91,10 @@ def _whole_slice(node: fx.Node, source: fx.Node) -> bool:
     return bool(end is None or end == sys.maxsize) or _same_shape(node, source)
 
 
+def _permutes_nothing(node: fx.Node, source: fx.Node) -> bool:
+    return list(arg(node, 1)) == list(range(len(shape_of(node))))
+
+
 _IDENTITY: dict[str, Callable[[fx.Node, fx.Node], bool]] = {
     "alias.default": _always,
     "detach.default": _always,
@@ -101,6 +105,7 @@ _IDENTITY: dict[str, Callable[[fx.Node, fx.Node], bool]] = {
     "to.dtype": _same_dtype_and_device,
     "type_as.default": _same_dtype_and_device,
     "contiguous.default": _always,
+    "permute.default": _permutes_nothing,
     "slice.Tensor": _whole_slice,
     "expand.default": _same_shape,
     "reshape.default": _same_shape,

@@ -17,7 +17,14 @@ import sympy
 import torch
 from torch import fx
 
-from focus_compile.passes.graph_tools import op_name, shape_of, tensor_of, user_line
+from focus_compile.passes.graph_tools import (
+    divides,
+    op_name,
+    shape_of,
+    size_expression,
+    tensor_of,
+    user_line,
+)
 from focus_compile.passes.token_rules import rule_for
 from focus_compile.plan import Factor, Operand, OutputRows, Refusal, RowAxes, RowOp
 
@@ -76,7 +83,8 @@ def _kind(gm: fx.GraphModule, name: str) -> str:
 
 
 def hidden_values(graph: fx.Graph, ids: fx.Node, weights: set[fx.Node]) -> set[fx.Node]:
-    """Values that depend on the ids through a weight: hidden states, and all that follows them."""
+    """Values of one row a token that depend on ids through a weight, and all that follows them."""
+    length = shape_of(ids)[1]
     from_ids, from_weights, hidden = {ids}, set(weights), set()
     for node in graph.nodes:
         if node.op == "get_attr":
@@ -93,9 +101,15 @@ def hidden_values(graph: fx.Graph, ids: fx.Node, weights: set[fx.Node]) -> set[f
             from_weights.add(node)
         value = tensor_of(node)
         floating = value is None or value.dtype.is_floating_point
-        if any(n in hidden for n in inputs) or (of_ids and of_weights and floating):
+        fresh = of_ids and of_weights and floating and _may_hold_rows(value, length)
+        if fresh or any(n in hidden for n in inputs):
             hidden.add(node)
     return hidden
+
+
+def _may_hold_rows(value: torch.Tensor | None, length: sympy.Expr) -> bool:
+    """Whether some axis could count tokens: without one, a value of ids is no hidden state."""
+    return value is None or any(divides(length, size_expression(size)) for size in value.shape)
 
 
 def _outputs(graph: fx.Graph) -> list[fx.Node]:

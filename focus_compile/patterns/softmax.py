@@ -103,7 +103,7 @@ def _unwrap_scores(node: fx.Node) -> tuple[fx.Node, float, MaskTerm | None]:
     """Walk from the softmax's input to the product, collecting scale and mask."""
     scale, mask = 1.0, None
     for _ in range(LONGEST_CHAIN):
-        node = look_through(node)
+        node = _regrouped(look_through(node))
         name = op_name(node)
         if name in SCALINGS:
             scale *= _number(node)
@@ -118,6 +118,15 @@ def _unwrap_scores(node: fx.Node) -> tuple[fx.Node, float, MaskTerm | None]:
             raise Miss("the mask is scaled with the scores")
         node, mask = step
     raise Miss(f"more than {LONGEST_CHAIN} ops between product and softmax")
+
+
+def _regrouped(node: fx.Node) -> fx.Node:
+    """The matrices behind a reshape that only merges or splits the axes in front of them."""
+    if op_name(node) == "reshape.default":
+        source = arg(node, 0)
+        if len(shape_of(source)) >= 3 and shape_of(source)[-2:] == shape_of(node)[-2:]:
+            return look_through(source)
+    return node
 
 
 def _mask_step(node: fx.Node, name: str) -> tuple[fx.Node, MaskTerm] | None:
@@ -228,7 +237,7 @@ def _consumer(softmax: fx.Node) -> tuple[fx.Node, fx.Node]:
         users = list(node.users)
         if len(users) != 1:
             raise Miss(f"the attention probabilities have {len(users)} users, expected one")
-        if op_name(users[0]) not in CASTS:
+        if op_name(users[0]) not in CASTS and _regrouped(users[0]) is users[0]:
             break
         node = users[0]
     output = users[0]
