@@ -5,8 +5,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-# What to install where the environment has no torch yet. Examples:
-#   make setup TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+# What to install where the environment has no torch yet. Example:
 #   make setup VENV_FLAGS=--system-site-packages       (use the torch the machine already has)
 TORCH  ?= torch==2.13.0
 VENV_FLAGS ?=

@@ -85,30 +85,28 @@ def _kind(gm: fx.GraphModule, name: str) -> str:
 def hidden_values(graph: fx.Graph, ids: fx.Node, weights: set[fx.Node]) -> set[fx.Node]:
     """Values of one row a token that depend on ids through a weight, and all that follows them."""
     length = shape_of(ids)[1]
-    from_ids, from_weights, hidden = {ids}, set(weights), set()
+    of_ids, of_weights, with_rows = {ids}, set(weights), {ids}
+    hidden: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "get_attr":
-            from_weights.add(node)
+            of_weights.add(node)
         inputs = node.all_input_nodes
-        is_number = tensor_of(node) is None and not isinstance(node.meta.get("val"), (tuple, list))
-        if not inputs or is_number:
-            continue
-        of_ids = any(n in from_ids for n in inputs)
-        of_weights = any(n in from_weights for n in inputs)
-        if of_ids:
-            from_ids.add(node)
-        if of_weights:
-            from_weights.add(node)
         value = tensor_of(node)
+        if not inputs or (value is None and not isinstance(node.meta.get("val"), (tuple, list))):
+            continue
+        for known in (of_ids, of_weights, hidden):
+            if any(n in known for n in inputs):
+                known.add(node)
+        if any(n in with_rows for n in inputs) and _may_hold_rows(value, length):
+            with_rows.add(node)
         floating = value is None or value.dtype.is_floating_point
-        fresh = of_ids and of_weights and floating and _may_hold_rows(value, length)
-        if fresh or any(n in hidden for n in inputs):
+        if floating and node in of_ids and node in of_weights and node in with_rows:
             hidden.add(node)
     return hidden
 
 
 def _may_hold_rows(value: torch.Tensor | None, length: sympy.Expr) -> bool:
-    """Whether some axis could count tokens: without one, a value of ids is no hidden state."""
+    """Whether some axis could count tokens: a value without one holds no rows from there on."""
     return value is None or any(divides(length, size_expression(size)) for size in value.shape)
 
 

@@ -28,8 +28,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 
 
 def _as_bias(mask: Tensor, q: Tensor) -> Tensor:
-    """The mask with 4 axes, and in a dtype that SDPA takes beside q."""
+    """The mask with 4 axes, and in a dtype that SDPA takes beside q.
+
+    On the CPU a floating mask of another dtype is added in float32; elsewhere SDPA wants that of q.
+    """
     mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
     if mask.dtype in (torch.bool, q.dtype):
         return mask
-    return mask.to(torch.promote_types(q.dtype, torch.float32))
+    return mask.to(torch.promote_types(q.dtype, torch.float32) if q.is_cpu else q.dtype)

@@ -39,4 +39,5 @@ def _relevance(q: Tensor, weight: Tensor, summaries: Tensor) -> Tensor:
     precise = torch.promote_types(q.dtype, torch.float32)
     pooled = weight.to(precise)[:, None, None] @ q.to(precise)  # [B, H, 1, d]
     pooled = pooled.view(batch, kv_heads, heads // kv_heads, width).sum(2, keepdim=True)
-    return (summaries * pooled).sum(3).sum(1)
+    by_head = (summaries * pooled).sum(3)  # [B, Hkv, NB]
+    return by_head.mT.contiguous().sum(2)

@@ -1,9 +1,11 @@
-"""`capture_sinks` in plain torch, one kv head's float32 probabilities at a time."""
+"""`capture_sinks` in plain torch, a few kv heads' float32 probabilities at a time."""
 
 import torch
 from torch import Tensor
 
 from focus_compile.kernels.block_selection.cpu import highest
+
+_CHUNK_ELEMENTS = 1 << 22  # of probabilities: 16 MiB in float32
 
 
 def capture_sinks(
@@ -41,15 +43,20 @@ def attention_received(
     group = heads // kv_heads
     precise = torch.promote_types(q.dtype, torch.float32)
     queries = (q.to(precise) * scale).reshape(kv_heads, group * rows, width)
+    if mask is not None:
+        mask = mask.unflatten(0, (kv_heads, group)).permute(0, 3, 1, 2)  # [Hkv, T, g, R]
     received = torch.zeros(length, dtype=precise, device=q.device)
-    for h in range(kv_heads):
-        logits = (k[h].to(precise) @ queries[h].T).view(length, group, rows)
+    step = max(_CHUNK_ELEMENTS // max(length * group * rows, 1), 1)
+    for start in range(0, kv_heads, step):
+        part = slice(start, start + step)
+        logits = k[part].to(precise) @ queries[part].mT  # [heads, T, g * R]
         if mask is not None:
-            logits = _masked(logits, mask[h * group : (h + 1) * group].permute(2, 0, 1))
-        highest_logit = logits.amax(0).clamp_min(torch.finfo(precise).min)
+            logits = _masked(logits.unflatten(2, (group, rows)), mask[part]).flatten(2)
+        highest_logit = logits.amax(1, keepdim=True).clamp_min(torch.finfo(precise).min)
         weights = logits.sub_(highest_logit).exp_()
-        norm = weights.sum(0).clamp_min(torch.finfo(precise).tiny)
-        received += weights.mul_(weight / norm).flatten(1).sum(1)
+        norm = weights.sum(1, keepdim=True).clamp_min(torch.finfo(precise).tiny)
+        for of_head in weights.mul_(weight.repeat(group) / norm).sum(2):
+            received += of_head
     return received
 
 
