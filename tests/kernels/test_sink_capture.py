@@ -79,22 +79,19 @@ def test_columns_sum_to_the_weight_of_all_rows_and_heads(problem: Problem) -> No
 
 
 @fuzzed
-@given(captures(), st.integers(1, 4), st.integers(0, 2**32 - 1))
-def test_equal_keys_tie_exactly(
-    case: tuple[Problem, Tensor, int], distinct: int, seed: int
-) -> None:
+@given(st.integers(1, 9), st.integers(1, 60), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_equal_keys_tie_exactly(heads: int, length: int, distinct: int, seed: int) -> None:
     """A few keys, much repeated. Among positions of one key, the first ones are taken."""
-    problem, limit, count = case
     generator = torch.Generator().manual_seed(seed)
-    length = problem.k.shape[2]
-    kind = torch.randint(min(distinct, length), (length,), generator=generator)
-    k = problem.k[:, :, kind]
-    q, weight = problem.q, problem.weight
-    for b, row in enumerate(capture_sinks(q, k, weight, None, limit, count, problem.scale)):
-        for one in kind.unique().tolist():
-            places = (kind[: int(limit[b])] == one).nonzero().flatten().tolist()
-            taken = [t for t in row.tolist() if t in places]
-            assert taken == places[: len(taken)]
+    q = torch.randint(-9, 9, (1, heads, 5, 24), generator=generator).float()
+    keys = torch.randint(-9, 9, (1, heads, distinct, 24), generator=generator).float()
+    kind = torch.randint(distinct, (length,), generator=generator)
+    limit = torch.tensor([length])
+    sinks = capture_sinks(q, keys[:, :, kind], torch.rand(1, 5), None, limit, 12, 0.01)
+    for one in range(distinct):
+        places = (kind == one).nonzero().flatten().tolist()
+        taken = [t for t in sinks[0].tolist() if t in places]
+        assert taken == places[: len(taken)]
 
 
 @fuzzed
@@ -122,6 +119,14 @@ def test_repeated_rows_of_weight_zero_do_not_count(case: tuple[Problem, Tensor, 
     sinks = capture_sinks(q, p.k, weight, None, limit, count, p.scale)
     for b, end in enumerate(limit.tolist()):
         assert_highest(sinks[b], alone[b, :end], count, tolerance(p, alone[b]))
+
+
+def test_many_heads_are_cut_into_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, weight = torch.randn(6, 5, 8), torch.randn(3, 20, 8), torch.rand(5)
+    mask = torch.rand(6, 5, 20) < 0.7
+    whole = cpu.attention_received(q, k, weight, mask, 0.5)
+    monkeypatch.setattr(cpu, "_CHUNK_ELEMENTS", 400)
+    torch.testing.assert_close(cpu.attention_received(q, k, weight, mask, 0.5), whole)
 
 
 def test_no_rows() -> None:

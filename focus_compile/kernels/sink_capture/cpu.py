@@ -36,7 +36,7 @@ def attention_received(
     """Attention received by every position of one sequence, summed over heads and rows, [T].
 
     The probabilities lie keys first, so that each key is reduced by itself, in the same order as
-    all others: equal keys tie exactly.
+    all others: positions of equal logits tie exactly.
     """
     heads, rows, width = q.shape
     kv_heads, length, _ = k.shape
