@@ -16,6 +16,7 @@ __all__ = ["POLICIES", "FocusConfig"]
 
 POLICIES = ("focus-dllm", "dual-cache", "prefix-cache", "exact")
 REFRESH_WORDS = ("block", "every-step")
+BLOCK_SUMMARIES = ("bound", "mean")
 LOWERINGS = ("inductor", "eager")
 ENVIRONMENT_PREFIX = "FOCUS_COMPILE_"
 
@@ -25,8 +26,8 @@ class FocusConfig:
     """The options of `torch.compile(model, backend="focus", options={...})`.
 
     Values larger than the sequence mean "everything". Sources: Focus-dLLM (arXiv 2602.02159) for
-    expansion, window, keep_ratio and dense_layers; docs/selection-study.md for sink_tokens and
-    key_block, which the paper does not publish.
+    expansion, window, keep_ratio and dense_layers; docs/selection-study.md for sink_tokens,
+    key_block and block_summary, which the paper does not publish.
     """
 
     policy: str = "focus-dllm"
@@ -50,6 +51,8 @@ class FocusConfig:
     """Prompt positions kept in every sparse layer because they attract attention."""
     key_block: int = 32
     """Tokens per prompt block of the key selection."""
+    block_summary: str = "bound"
+    """What a key block is judged by: "bound" (its keys' bounding box) or "mean" (their mean)."""
     refresh: str | int = "block"
     """When all rows are recomputed: at decode "block" entry, at "every-step", or every n calls."""
     buckets: tuple[int, ...] | None = None
@@ -178,6 +181,7 @@ _CHECKS: dict[str, Any] = {
     "keep_ratio": _ratio,
     "sink_tokens": _whole(0),
     "key_block": _whole(1),
+    "block_summary": _one_of(BLOCK_SUMMARIES),
     "refresh": _refresh,
     "buckets": _buckets,
     "strict": _flag,

@@ -138,6 +138,7 @@ class Plan:
     logits: int
     """Which output holds the logits, [batch, length, vocabulary]."""
     key_block: int
+    block_summary: str
     sink_tokens: int
     refusals: tuple[Refusal, ...] = ()
     misses: tuple[Refusal, ...] = ()
@@ -166,6 +167,7 @@ class Plan:
             "length": str(self.length),
             "vocabulary": self.vocabulary,
             "key_block": self.key_block,
+            "block_summary": self.block_summary,
             "sink_tokens": self.sink_tokens,
             "inputs": [
                 {"position": item.position, "name": item.name, "role": item.role}

@@ -40,6 +40,7 @@ class Settings:
     keep_ratio: float = 0.5
     sink_tokens: int = 16
     key_block: int = 32
+    block_summary: str = "bound"
     refresh: str | int = "block"
     buckets: tuple[int, ...] | None = None
     strict: bool = False
@@ -301,11 +302,19 @@ class Oracle:
         return sinks
 
     def _summaries(self, k: Tensor) -> Tensor:
-        """[B, H, T, d] to the mean key of every full key block [B, H, T // key_block, d]."""
+        """[B, H, T, d] to a summary of every full key block, [B, H, T // key_block, d or 2 d].
+
+        "mean" is the mean key; "bound" the highest and lowest of each channel.
+        """
         size = self.settings.key_block
         blocks = k.shape[2] // size
         whole = wide(k[:, :, : blocks * size])
-        return torch.stack(whole.chunk(blocks, 2), 2).mean(3).to(k.dtype) if blocks else whole
+        if not blocks:
+            return whole
+        each = torch.stack(whole.chunk(blocks, 2), 2)
+        if self.settings.block_summary == "mean":
+            return each.mean(3).to(k.dtype)
+        return torch.cat([each.amax(3), each.amin(3)], -1).to(k.dtype)
 
     def _blocks(self, q: Tensor, summaries: Tensor, step: Step, b: int) -> list[int]:
         """Relevance of block j = mean over query heads and focus rows of q_h . summary_hj."""
@@ -314,7 +323,10 @@ class Oracle:
         if not keep:
             return []
         rows = step.focus[b] if step.focus[b].any() else step.active[b]
-        scores = wide(q[:, rows]) @ wide(summaries[:, :count]).transpose(1, 2)
+        chosen = wide(q[:, rows])
+        if self.settings.block_summary == "bound":
+            chosen = torch.cat([chosen.clamp(min=0), chosen.clamp(max=0)], -1)
+        scores = chosen @ wide(summaries[:, :count]).transpose(1, 2)
         return _top(dict(enumerate(scores.mean((0, 1)).tolist())), keep, step.gaps)
 
 

@@ -172,11 +172,12 @@ def test_kept_blocks_and_sinks_follow_the_budget() -> None:
         assert read == kept | result.sinks[b] | set(range(40, 58))
 
 
-def test_sinks_and_blocks_equal_their_equations() -> None:
+@pytest.mark.parametrize("block_summary", ["mean", "bound"])
+def test_sinks_and_blocks_equal_their_equations(block_summary: str) -> None:
     """Asked again with the same ids, queries and keys of the step are those of dense."""
     model, ids = eurobert(layers=2), prompt()
     settings = {"dense_layers": 0, "key_block": 4, "keep_ratio": 0.3, "sink_tokens": 4}
-    oracle = Oracle(model, mask_token_id=MASK, expansion=2, **settings)
+    oracle = Oracle(model, mask_token_id=MASK, expansion=2, block_summary=block_summary, **settings)
     oracle.call(ids)
     result = oracle.call(ids)
     seen: list[tuple[Tensor, Tensor]] = []
@@ -189,8 +190,14 @@ def test_sinks_and_blocks_equal_their_equations() -> None:
     (q, k), (sparse_q, sparse_k) = seen
     received = (q @ k.mT / 8**0.5).softmax(-1)[:, result.active[0]].mean((0, 1))
     assert result.sinks[0] == set(received[:40].topk(4).indices.tolist())
-    means = sparse_k[:, :40].reshape(4, 10, 4, 8).mean(2)
-    relevance = torch.einsum("hrd,hjd->j", sparse_q[:, result.focus[0]], means)
+    # Focus rows and blocks of keys as [heads, rows, blocks, tokens, width].
+    blocks = sparse_k[:, None, :40].reshape(4, 1, 10, 4, 8)
+    focus = sparse_q[:, result.focus[0], None]
+    if block_summary == "mean":
+        relevance = (focus * blocks.mean(3)).sum((0, 1, 3))
+    else:
+        largest = torch.maximum(focus * blocks.amax(3), focus * blocks.amin(3))
+        relevance = largest.sum((0, 1, 3))
     kept = {4 * j + i for j in relevance.topk(3).indices.tolist() for i in range(4)}
     assert set(result.keys[1][0]) == kept | result.sinks[0] | set(range(40, PROMPT + RESPONSE))
 

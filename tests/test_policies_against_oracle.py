@@ -25,7 +25,7 @@ from tests.strategies import (
 
 torch.set_num_threads(1)
 property_test = settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
@@ -46,6 +46,7 @@ def options(**fixed: Any) -> st.SearchStrategy[dict[str, Any]]:
         "keep_ratio": st.sampled_from([0.0, 0.2, 0.5, 0.8]),
         "sink_tokens": st.integers(0, 3),
         "key_block": st.integers(1, 4),
+        "block_summary": st.sampled_from(["bound", "mean"]),
         "refresh": st.sampled_from(["block", "block", 2, 3]),
     }
     return st.fixed_dictionaries({k: v for k, v in drawn.items() if k not in fixed}).map(

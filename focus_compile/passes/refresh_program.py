@@ -50,7 +50,7 @@ class BuildRefresh:
                 if site.region == "sparse-suffix":
                     summaries = graph.call_function(
                         torch.ops.focus_compile.block_summaries.default,
-                        (cached[0], self.plan.key_block),
+                        (cached[0], self.plan.key_block, self.plan.block_summary),
                     )
                     target = state[f"summaries_{site.index}"]
                     graph.call_function(aten.copy_.default, (target, summaries))

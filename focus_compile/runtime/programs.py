@@ -27,14 +27,17 @@ def state_shapes(plan: Plan) -> dict[str, tuple[sympy.Expr, ...]]:
     """Shape of every state tensor: K/V [batch, kv_heads, length, head_dim], summaries by block."""
     shapes: dict[str, tuple[sympy.Expr, ...]] = {}
 
-    def per_head(site: Site, length: sympy.Expr) -> tuple[sympy.Expr, ...]:
-        return (plan.batch, sympy.Integer(site.kv_heads), length, sympy.Integer(site.head_dim))
+    def per_head(site: Site, length: sympy.Expr, parts: int = 1) -> tuple[sympy.Expr, ...]:
+        width = sympy.Integer(site.head_dim * parts)
+        return (plan.batch, sympy.Integer(site.kv_heads), length, width)
 
     for site in plan.sites:
         shapes[f"key_cache_{site.index}"] = per_head(site, plan.length)
         shapes[f"value_cache_{site.index}"] = per_head(site, plan.length)
     for site in plan.sites_of("sparse-suffix"):
-        shapes[f"summaries_{site.index}"] = per_head(site, plan.length // plan.key_block)
+        parts = 2 if plan.block_summary == "bound" else 1
+        blocks = plan.length // plan.key_block
+        shapes[f"summaries_{site.index}"] = per_head(site, blocks, parts)
     assert list(shapes) == cache_names(plan)
     return shapes
 

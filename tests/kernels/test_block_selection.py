@@ -113,6 +113,24 @@ def test_reference_is_a_weighted_mean_over_rows_and_heads(
 
 @fuzzed
 @given(selections())
+def test_bounds_split_the_query_by_sign(
+    case: tuple[Problem, Tensor, Tensor],
+) -> None:
+    """Summaries twice as wide: relevance is (max(q, 0), min(q, 0)) . summary."""
+    problem, candidates, keep = case
+    boxes = torch.cat([problem.k, problem.k.abs() / 2 - 1], -1)
+    extended = torch.cat([problem.q.clamp(min=0), problem.q.clamp(max=0)], -1)
+    kept = select_blocks(problem.q, problem.weight, boxes, candidates, keep)
+    plain = select_blocks(extended, problem.weight, boxes, candidates, keep)
+    assert torch.equal(kept, plain)
+    torch.testing.assert_close(
+        reference.relevance(problem.q, problem.weight, boxes),
+        reference.relevance(extended, problem.weight, boxes),
+    )
+
+
+@fuzzed
+@given(selections())
 def test_more_kept_is_a_superset(case: tuple[Problem, Tensor, Tensor]) -> None:
     problem, candidates, keep = case
     fewer = select_blocks(problem.q, problem.weight, problem.k, candidates, keep)

@@ -47,7 +47,7 @@ def arguments(name: str, rows: int = 5, length: int = 23, masked: bool = True) -
     weight = normal(2, rows).abs()
     return {
         "attention": (q, k, v, mask, 0.3),
-        "block_summaries": (k, 4),
+        "block_summaries": (k, 4, "bound"),
         "select_blocks": (q, weight, normal(2, 2, total, 8), candidates, keep),
         "capture_sinks": (q, k, weight, mask, candidates * 4, 3, 0.3),
         "sparse_attention": (q, k, v, blocks, sinks, candidates, 4, mask, 0.3),
@@ -131,7 +131,7 @@ def loaded(kind):
     return sorted(m for m in sys.modules if m.startswith("focus_compile") and m.endswith(kind))
 assert "triton" not in sys.modules and not loaded(".cpu") and not loaded(".reference")
 os.environ.pop("FOCUS_COMPILE_REFERENCE", None)
-torch.ops.focus_compile.block_summaries(torch.ones(1, 1, 8, 2), 4)
+torch.ops.focus_compile.block_summaries(torch.ones(1, 1, 8, 2), 4, "mean")
 assert loaded(".cpu") == ["focus_compile.kernels.block_summaries.cpu"] and not loaded(".reference")
 os.environ["FOCUS_COMPILE_REFERENCE"] = "1"
 torch.ops.focus_compile.confidence(torch.ones(3, 4))

@@ -31,9 +31,12 @@ def highest(scores: Tensor, count: int) -> Tensor:
 def _relevance(q: Tensor, weight: Tensor, summaries: Tensor) -> Tensor:
     """Relevance of every block up to a positive factor a sequence, [B, NB], float32 or better.
 
-    Relevance is linear in q, so the rows and the heads of a group are summed before the product.
+    Relevance is linear in q, or in its positive and negative parts, so the rows and the heads of
+    a group are summed before the product.
     Each block's score is reduced by itself, in the same order for all: equal blocks tie exactly.
     """
+    if summaries.shape[3] == 2 * q.shape[3]:
+        q = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
     batch, heads, _, width = q.shape
     kv_heads = summaries.shape[1]
     precise = torch.promote_types(q.dtype, torch.float32)

@@ -14,6 +14,8 @@ def select_blocks(
     relevance[b, j] = sum_r weight[b, r] * sum_h q[b, h, r] . summaries[b, h // g, j]
                       / (H * sum_r weight[b, r]),   g = H // Hkv
 
+    where "bound" summaries (see `block_summaries`) take (max(q, 0), min(q, 0)) in place of q.
+
     The `keep[b]` blocks of highest relevance among j < candidates[b] are kept; of equal ones the
     lowest id first. Focus-dLLM (arXiv 2602.02159) does this in every sparse layer of every step
     with Q_focus; there, `weight` is 1 for focus rows and 0 for others. The paper does not say how
@@ -22,7 +24,8 @@ def select_blocks(
     Args:
         q: [B, H, R, d], floating, any strides. Rows may repeat: each occurrence counts.
         weight: [B, R] floating, not negative. All zero makes all blocks equal.
-        summaries: [B, Hkv, NB, d], dtype of q, H % Hkv == 0 (see `block_summaries`).
+        summaries: [B, Hkv, NB, d] ("mean") or [B, Hkv, NB, 2 d] ("bound"), dtype of q; H is a
+            multiple of Hkv.
         candidates: [B] int64, the number of blocks that may be chosen, from block 0 on.
         keep: [B] int64, how many to choose; more than there are candidates means all of them.
 
@@ -42,7 +45,12 @@ def _check(q: Tensor, weight: Tensor, summaries: Tensor, candidates: Tensor, kee
     op = "select_blocks"
     check(q.dim() == summaries.dim() == 4, op, "q and summaries must have 4 axes")
     check(q.shape[0] == summaries.shape[0], op, "q and summaries differ in batch size")
-    check(q.shape[3] == summaries.shape[3], op, "q and summaries differ in head dimension")
+    widths = (q.shape[3], 2 * q.shape[3])
+    check(
+        summaries.shape[3] in widths,
+        op,
+        "summaries must be as wide as the head dimension, or twice",
+    )
     check(
         q.shape[1] % summaries.shape[1] == 0, op, "the query heads are no multiple of the kv heads"
     )

@@ -1,6 +1,7 @@
 """The equation of `select_blocks`, one row and head at a time, in float64.
 
-relevance_j = mean over rows (weighted) and query heads h of q_h . summary_{h // g, j}
+relevance_j = mean over rows (weighted) and query heads h of q_h . summary_{h // g, j}, where q_h is
+split into (max(q_h, 0), min(q_h, 0)) for "bound" summaries
 """
 
 import torch
@@ -29,7 +30,10 @@ def relevance(q: Tensor, weight: Tensor, summaries: Tensor) -> Tensor:
         total = float(weight[b].double().sum()) * heads
         for r in range(rows):
             for h in range(heads):
-                products = summaries[b, h // group].double() @ q[b, h, r].double()  # [NB]
+                query = q[b, h, r].double()
+                if summaries.shape[3] == 2 * q.shape[3]:
+                    query = torch.cat([query.clamp(min=0), query.clamp(max=0)])
+                products = summaries[b, h // group].double() @ query  # [NB]
                 scores[b] += float(weight[b, r]) * products
         scores[b] /= total or 1.0
     return scores
