@@ -1,0 +1,228 @@
+"""The CPU table: decoding by length against Inductor-compiled dense, and what the runtime adds.
+
+    python -m benchmarks.cpu --json benchmarks/results/cpu.json
+
+Ratios are taken side by side in one run on the bundled model: the calls of both arms alternate
+where single calls are compared, and both arms decode the same question where decodings are.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import focus_compile
+from focus_compile import demo
+from focus_compile.decode.sampler import generate
+from focus_compile.demo import environment, retrieval
+from focus_compile.lowering.program import Program
+
+GEN_LENGTH = 64
+BLOCK_LENGTH = 32
+app = typer.Typer(add_completion=False)
+console = Console()
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """One length: 64 tokens decoded, one a call, in blocks of 32."""
+
+    length: int
+    dense_s: float
+    focus_s: float
+    speedup: float
+    dense_call_ms: float
+    refresh_ms: float
+    step_ms: float
+    refresh_share: float
+    rows_dense: int
+    rows_focus: int
+    right_dense: int
+    right_focus: int
+    asked: int
+
+
+@dataclass(frozen=True)
+class OverheadRow:
+    """What a call costs beside plain Inductor on the same model; medians of alternating calls."""
+
+    length: int
+    inductor_ms: float
+    exact_ms: float
+    refresh_ms: float
+    exact_over_inductor: float
+    refresh_over_inductor: float
+    guard_and_dispatch_ms: float
+    """Of an exact call and of a step: time of the call outside programs, policy and sampling
+    inputs (confidence, rows, logits) included."""
+    step_outside_programs_ms: float
+
+
+@contextmanager
+def program_time() -> Any:
+    """Seconds spent inside compiled programs, as a one-element list."""
+    spent = [0.0]
+    run = Program.__call__
+
+    def timed(self: Program, *args: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return run(self, *args)
+        finally:
+            spent[0] += time.perf_counter() - started
+
+    Program.__call__ = timed  # type: ignore[method-assign]
+    try:
+        yield spent
+    finally:
+        Program.__call__ = run  # type: ignore[method-assign]
+
+
+def question(tokenizer: Any, length: int, seed: int) -> tuple[torch.Tensor, retrieval.Example]:
+    example = retrieval.make(tokenizer, length, response=GEN_LENGTH, seed=seed)
+    return torch.tensor([example.prompt_ids]), example
+
+
+def decode(model: Any, prompt: torch.Tensor) -> tuple[torch.Tensor, float]:
+    started = time.perf_counter()
+    ids = generate(model, prompt, gen_length=GEN_LENGTH, block_length=BLOCK_LENGTH).ids
+    return ids, time.perf_counter() - started
+
+
+def decode_row(model: Any, tokenizer: Any, length: int, seed: int) -> DecodeRow:
+    torch.compiler.reset()
+    prompt, example = question(tokenizer, length, seed)
+    masks = torch.full((1, GEN_LENGTH), model.config.mask_token_id)
+    ids = torch.cat([prompt, masks], 1)
+    dense = torch.compile(model, dynamic=False)
+    focus = focus_compile.compile(model, dynamic=False, block_length=BLOCK_LENGTH)
+    with torch.no_grad():
+        for _ in range(2):
+            dense(ids)
+    decode(focus, prompt)
+    dense_ids, dense_s = decode(dense, prompt)
+    with focus_compile.record() as history:
+        focus_ids, focus_s = decode(focus, prompt)
+    refresh = [r.milliseconds for r in history if r.program == "refresh"]
+    steps = [r.milliseconds for r in history if r.program == "step"]
+    marks = [
+        sum(example.marks(tokenizer.decode(found[0, prompt.shape[1] :], skip_special_tokens=True)))
+        for found in (dense_ids, focus_ids)
+    ]
+    return DecodeRow(
+        length=length,
+        dense_s=dense_s,
+        focus_s=focus_s,
+        speedup=dense_s / focus_s,
+        dense_call_ms=dense_s / GEN_LENGTH * 1e3,
+        refresh_ms=statistics.median(refresh),
+        step_ms=statistics.median(steps),
+        refresh_share=sum(refresh) / (sum(refresh) + sum(steps)),
+        rows_dense=GEN_LENGTH * length,
+        rows_focus=sum(r.rows for r in history),
+        right_dense=marks[0],
+        right_focus=marks[1],
+        asked=len(example.pairs),
+    )
+
+
+def overhead_row(model: Any, tokenizer: Any, length: int, repeats: int) -> OverheadRow:
+    torch.compiler.reset()
+    prompt, _ = question(tokenizer, length, seed=0)
+    masks = torch.full((1, GEN_LENGTH), model.config.mask_token_id)
+    masked = torch.cat([prompt, masks], 1)
+    decided = torch.cat([prompt, torch.full_like(masks, 7)], 1)
+    dense = torch.compile(model, dynamic=False)
+    options: dict[str, Any] = {"block_length": BLOCK_LENGTH, "dynamic": False}
+    focus = focus_compile.compile(model, **options)
+    every = focus_compile.compile(model, refresh="every-step", **options)
+    arms: dict[str, Callable[[], Any]] = {
+        "inductor": lambda: dense(masked),
+        "exact": lambda: focus(decided),
+        "refresh": lambda: every(masked),
+    }
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    outside: list[float] = []
+    with torch.no_grad(), program_time() as spent:
+        for run in arms.values():
+            for _ in range(3):
+                run()
+        for _ in range(repeats):
+            for name, run in arms.items():
+                before, started = spent[0], time.perf_counter()
+                run()
+                elapsed = time.perf_counter() - started
+                times[name].append(elapsed * 1e3)
+                if name == "exact":
+                    outside.append((elapsed - (spent[0] - before)) * 1e3)
+    return OverheadRow(
+        length=length,
+        inductor_ms=(inductor := statistics.median(times["inductor"])),
+        exact_ms=(exact := statistics.median(times["exact"])),
+        refresh_ms=(refresh := statistics.median(times["refresh"])),
+        exact_over_inductor=exact / inductor,
+        refresh_over_inductor=refresh / inductor,
+        guard_and_dispatch_ms=statistics.median(outside),
+        step_outside_programs_ms=step_outside_programs(focus, prompt),
+    )
+
+
+def step_outside_programs(focus: Any, prompt: torch.Tensor) -> float:
+    """Median milliseconds of a step spent outside its program."""
+    outside: list[float] = []
+    with focus_compile.record() as history, program_time() as spent:
+        before = 0.0
+
+        def note(_: Any) -> None:
+            nonlocal before
+            inside, before = (spent[0] - before) * 1e3, spent[0]
+            if history[-1].program == "step" and history[-1].compile_seconds == 0:
+                outside.append(history[-1].milliseconds - inside)
+
+        generate(focus, prompt, gen_length=GEN_LENGTH, block_length=BLOCK_LENGTH, progress=note)
+    return statistics.median(outside)
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+    console.print(table)
+
+
+@app.command()
+def main(
+    lengths: Annotated[str, typer.Option(help="Lengths in tokens.")] = "512,1024,2048,4096",
+    overhead_length: int = 1024,
+    repeats: Annotated[int, typer.Option(help="Alternating calls for the overhead.")] = 20,
+    seed: int = 0,
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+) -> None:
+    """Measure both tables on the bundled model."""
+    model, tokenizer = demo.load()
+    overhead = asdict(overhead_row(model, tokenizer, overhead_length, repeats))
+    show("a call beside plain Inductor", [overhead])
+    rows = []
+    for length in map(int, lengths.split(",")):
+        rows.append(asdict(decode_row(model, tokenizer, length, seed)))
+        show("decoding 64 tokens", rows)
+    if json_file is not None:
+        result = {"environment": environment.describe(), "overhead": overhead, "decode": rows}
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    app()
