@@ -25,7 +25,7 @@ from focus_compile.runtime.programs import Programs
 from focus_compile.runtime.record import StepRecord, active_history
 from focus_compile.runtime.self_check import check_plan
 from focus_compile.runtime.store import STORE, Slot
-from focus_compile.runtime.trajectory import Blocks, Trajectory
+from focus_compile.runtime.trajectory import Blocks, SeenWeights, Trajectory
 
 __all__ = ["Dispatcher"]
 
@@ -112,8 +112,8 @@ class Dispatcher:
             trajectory = self._begin(args, call)
             outputs, entry = self._refresh(trajectory, args, call, f"new trajectory: {why}")
             if not self._checked:
-                self._checked = True
                 self._check(trajectory, args, outputs)
+                self._checked = True
                 if self._refused is not None:
                     return self._exact(args, self._refused)
         else:
@@ -126,12 +126,13 @@ class Dispatcher:
         masked = self._masked(call.ids)
         blocks = Blocks.of(masked, self.config.block_length)
         candidates = blocks.response_start // self.plan.key_block
-        keep = (candidates * self.config.keep_ratio).ceil().long()
+        keep = (candidates.double() * self.config.keep_ratio).ceil().long()
         return Trajectory(
             owner=self,
             ids=call.ids.clone(),
             guarded=tuple(tensor.clone() for tensor in call.guarded),
-            weights=call.weights,
+            numbers=call.numbers,
+            weights=SeenWeights(call.weights),
             blocks=blocks,
             candidates=candidates,
             keep=torch.minimum(keep, candidates),

@@ -10,29 +10,26 @@ import torch
 from torch import Tensor
 
 from focus_compile.plan import Plan
-from focus_compile.runtime.trajectory import (
-    Fingerprint,
-    Trajectory,
-    masks_became_tokens,
-    weights_fingerprint,
-)
+from focus_compile.runtime.trajectory import Trajectory, masks_became_tokens
 
 __all__ = ["CallInputs", "why_new_trajectory"]
 
 
 @dataclass(frozen=True)
 class CallInputs:
-    """One call's inputs by role."""
+    """One call's inputs by role; numbers: sizes and whatever else Dynamo passes as a number."""
 
     ids: Tensor
     guarded: tuple[Tensor, ...]
-    weights: Fingerprint
+    numbers: tuple[Any, ...]
+    weights: tuple[Tensor, ...]
 
     @classmethod
     def of(cls, plan: Plan, args: Sequence[Any]) -> CallInputs:
-        guarded = tuple(args[at] for at in plan.positions("guarded"))
-        weights = weights_fingerprint([args[at] for at in plan.positions("weight")])
-        return cls(args[plan.ids.position], guarded, weights)
+        guarded, numbers, weights = (
+            tuple(args[at] for at in plan.positions(role)) for role in ("guarded", "size", "weight")
+        )
+        return cls(args[plan.ids.position], guarded, numbers, weights)
 
 
 def why_new_trajectory(
@@ -43,10 +40,12 @@ def why_new_trajectory(
         return "first call"
     if trajectory.owner is not owner:
         return "another compiled graph ran this model"
-    if trajectory.weights != call.weights:
+    if not trajectory.weights.are(call.weights):
         return "the weights changed"
     if trajectory.ids.shape != call.ids.shape or trajectory.ids.device != call.ids.device:
         return "the shape of the ids changed"
+    if trajectory.numbers != call.numbers:
+        return "another input changed"
     for before, after in zip(trajectory.guarded, call.guarded, strict=True):
         if before.shape != after.shape or not torch.equal(before, after):
             return "another input changed"

@@ -6,13 +6,15 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from focus_compile.runtime.latest_rows import LatestRows
 
-__all__ = ["Blocks", "Trajectory", "masks_became_tokens", "weights_fingerprint"]
+__all__ = ["Blocks", "SeenWeights", "Trajectory", "masks_became_tokens"]
 
 
 @dataclass(frozen=True)
@@ -52,30 +54,47 @@ def masks_became_tokens(before: Tensor, after: Tensor, mask_token_id: int) -> bo
     return bool((before == mask_token_id).logical_or_(changed.logical_not_()).all())
 
 
-Fingerprint = tuple[tuple[int, int, int], ...]
+class SeenWeights:
+    """What the weights were: each tensor, its memory and its version, without keeping any alive.
 
-
-def weights_fingerprint(weights: Sequence[Tensor]) -> Fingerprint:
-    """Identity, version and address of every weight: changes with any in-place write.
-
-    A write through `.data` changes none of them; call `torch.compiler.reset()` after one.
+    An id or address alone may be reused by a new tensor once the old one is freed. A write through
+    `.data` shows in none of these; call `torch.compiler.reset()` after one.
     """
-    return tuple((id(w), w._version, w.data_ptr()) for w in weights)
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self._tensors = [weakref.ref(w) for w in weights]
+        self._storages = [StorageWeakRef(w.untyped_storage()) for w in weights]
+        self._marks = [_mark(w) for w in weights]
+
+    def are(self, weights: Sequence[Tensor]) -> bool:
+        """Whether these are the same tensors over the same memory, and nobody wrote into it."""
+        return (
+            len(weights) == len(self._marks)
+            and all(seen() is w for seen, w in zip(self._tensors, weights, strict=True))
+            and all(mark == _mark(w) for mark, w in zip(self._marks, weights, strict=True))
+            and not any(storage.expired() for storage in self._storages)
+        )
+
+
+def _mark(weight: Tensor) -> tuple[int, int]:
+    return weight._version, weight.data_ptr()
 
 
 @dataclass
 class Trajectory:
     """State of one run of calls. All tensors are private to it.
 
-    caches: the programs' state tensors in `cache_names` order. confidence fp32 [batch, length]:
-    max probability of each row's latest logits. predicted bool [batch, length]: focus rows of the
-    last call, None after a refresh. refreshed_at int64 [batch]: current block at the last refresh.
+    guarded, numbers: the other inputs. caches: the programs' state tensors in `cache_names` order.
+    confidence fp32 [batch, length]: max probability of each row's latest logits. predicted bool
+    [batch, length]: focus rows of the last call, None after a refresh. refreshed_at int64 [batch]:
+    current block at the last refresh.
     """
 
     owner: object
     ids: Tensor
     guarded: tuple[Tensor, ...]
-    weights: Fingerprint
+    numbers: tuple[Any, ...]
+    weights: SeenWeights
     blocks: Blocks
     candidates: Tensor
     keep: Tensor
