@@ -18,11 +18,15 @@ __all__ = ["LatestRows"]
 MOST_COPIES = 2
 
 
-@dataclass
+@dataclass(eq=False)
 class _Copy:
     tensor: Tensor
     version: int
     behind: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def is_worth_keeping(self) -> bool:
+        """Catching up writes fewer rows than a copy of the master would, and holds no more."""
+        return sum(rows.shape[1] for rows, _ in self.behind) <= self.tensor.shape[1]
 
     def is_free(self) -> bool:
         """Nobody but us refers to the storage, and it is as we left it."""
@@ -50,6 +54,7 @@ class LatestRows:
         _write(self.master, rows, values)
         for copy in self.copies:
             copy.behind.append((rows, values))
+        self.copies = [copy for copy in self.copies if copy.is_worth_keeping()]
         return self._hand_out().detach()
 
     def _hand_out(self) -> Tensor:
