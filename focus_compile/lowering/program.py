@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.source import LocalSource
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
@@ -82,8 +83,9 @@ class Program:
         )
         artifact = self._by_sizes.get(sizes)
         if artifact is None:
-            artifact = self._find(sizes) or self._compile(sizes, args)
-            self._by_sizes[sizes] = artifact
+            with compile_lock:  # Dynamo's own: neither it nor Inductor compiles in two threads
+                artifact = self._find(sizes) or self._compile(sizes, args)
+                self._by_sizes[sizes] = artifact
         return tuple(artifact.run(*args))
 
     def _find(self, sizes: tuple[int, ...]) -> _Artifact | None:
