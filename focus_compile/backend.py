@@ -17,7 +17,7 @@ from torch import fx
 from focus_compile.capture import Capture, CaptureRefused, capture, copy_graph_module
 from focus_compile.config import FocusConfig
 from focus_compile.fallback import forget, refuse
-from focus_compile.pipeline import Pipeline, build_programs, plan_graph
+from focus_compile.pipeline import Pipeline, ProgramGraphs, build_programs, plan_graph
 from focus_compile.plan import Plan, Refusal
 from focus_compile.runtime.dispatch import Dispatcher
 from focus_compile.runtime.exact import ExactOnly
@@ -41,13 +41,18 @@ class BackendCall:
         self.captured: Capture | None = None
         self.pipeline: Pipeline | None = None
         self.plan: Plan | None = None
+        self.graphs: ProgramGraphs | None = None
         self.refusals: tuple[Refusal, ...] = ()
         started = time.perf_counter()
-        self._analyse(gm, example_inputs)
+        try:
+            self._analyse(gm, example_inputs)
+        except Exception as error:  # a bug of ours must not stop the user's program
+            log.debug("the analysis failed", exc_info=True)
+            self.refusals = (_failed(error),)
         log.info("capture and analysis took %.2f s", time.perf_counter() - started)
 
     def _analyse(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-        reason = _why_no_plan(example_inputs, self.config)
+        reason = _why_no_plan(gm, example_inputs, self.config)
         if reason is not None:
             self.refusals = (reason,)
             return
@@ -58,9 +63,39 @@ class BackendCall:
             return
         self.pipeline, self.plan = plan_graph(self.captured, self.config)
         self.refusals = self.plan.refusals
+        if not self.refusals and not self.plan.positions("weight"):
+            self.refusals = (_NO_WEIGHTS,)
+        if not self.refusals:
+            self.graphs = build_programs(self.pipeline, self.plan)
 
 
-def _why_no_plan(example_inputs: Sequence[Any], config: FocusConfig) -> Refusal | None:
+_NO_WEIGHTS = Refusal(
+    "the graph has no parameters or buffers, which tell one model's calls from another's",
+    remedy="Compile a module, or a function that calls one.",
+)
+
+
+def _failed(error: Exception) -> Refusal:
+    message = str(error).strip().splitlines()
+    what = f"{type(error).__name__}: {message[0]}" if message else type(error).__name__
+    return Refusal(
+        f"the analysis of the graph failed ({what})",
+        remedy="Please report it; FOCUS_COMPILE_DUMP=folder writes down what was seen.",
+    )
+
+
+def _takes_floats(gm: fx.GraphModule) -> bool:
+    """Whether Dynamo passes Python floats as tensors whose `item()` the graph then asks for."""
+    return any(
+        getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)
+        and any(user.target == "item" for user in node.users)
+        for node in gm.graph.find_nodes(op="placeholder")
+    )
+
+
+def _why_no_plan(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: FocusConfig
+) -> Refusal | None:
     if torch.is_grad_enabled() and any(
         isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
     ):
@@ -69,6 +104,11 @@ def _why_no_plan(example_inputs: Sequence[Any], config: FocusConfig) -> Refusal 
         return Refusal(
             "no mask_token_id is known",
             remedy='Pass options={"mask_token_id": ...}, or use focus_compile.compile(model).',
+        )
+    if _takes_floats(gm):
+        return Refusal(
+            "a float of the forward became an input, as dynamic=True or a change of it has it",
+            remedy="Leave dynamic unset (sizes become dynamic when they change), or pass a tensor.",
         )
     return None
 
@@ -84,11 +124,10 @@ def compile_graph(
     if config.dryrun:
         print(call.plan or "\n".join(f"plan: exact program: {r}" for r in call.refusals))
         return _plain(original, example_inputs, config, "dryrun=True")
-    if call.refusals or call.plan is None or call.captured is None or call.pipeline is None:
+    if call.refusals or call.plan is None or call.captured is None or call.graphs is None:
         reason = refuse(str(call.refusals[0]), strict=config.strict)
         return _plain(original, example_inputs, config, reason)
-    graphs = build_programs(call.pipeline, call.plan)
-    programs = Programs.build(call.captured, graphs, call.plan, config)
+    programs = Programs.build(call.captured, call.graphs, call.plan, config)
     return Dispatcher(call.captured, call.plan, programs, config)
 
 

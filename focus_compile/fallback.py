@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import warnings
+
+import torch
 
 from focus_compile.errors import RefusalError
 
@@ -17,15 +21,25 @@ class FocusWarning(UserWarning):
 
 
 _reported: set[str] = set()
+_OTHERS = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) + os.sep, "<")
 
 
 def report(reason: str) -> str:
     """Warn once per distinct reason; returns it."""
     if reason not in _reported:
         _reported.add(reason)
-        warnings.warn(f"focus_compile runs the exact program: {reason}", FocusWarning, stacklevel=2)
+        message = f"focus_compile runs the exact program: {reason}"
+        warnings.warn(message, FocusWarning, stacklevel=_callers_level())
         log.info("exact program: %s", reason)
     return reason
+
+
+def _callers_level() -> int:
+    """The stacklevel at which `report` warns of the user's own line, not of torch's or ours."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OTHERS):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def refuse(reason: str, *, strict: bool) -> str:
