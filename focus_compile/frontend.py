@@ -15,18 +15,19 @@ MASK_NAMES = ("mask_token_id", "mask_id", "mask_token_index")
 
 
 def options_for(model: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """`options`, with `mask_token_id` from `model.config` where it is not given.
+    """`options`, with `mask_token_id` from `model.config` where neither they nor the environment
+    give it.
 
     Raises:
         OptionError: an unknown or invalid option.
     """
     config = getattr(model, "config", None)
-    if options.get("mask_token_id") is None:
+    if FocusConfig.from_options(options).mask_token_id is None:
         known = (getattr(config, name, None) for name in MASK_NAMES)
         mask_token_id = next((value for value in known if value is not None), None)
         if mask_token_id is not None:
-            options = options | {"mask_token_id": int(mask_token_id)}
-    FocusConfig.from_options(options)
+            options = options | {"mask_token_id": mask_token_id}
+            FocusConfig.from_options(options)
     return options
 
 
