@@ -80,6 +80,9 @@ def fidelity_command(
     block_length: BlockLengthOption = 32,
     questions: QuestionsOption = 4,
     seed: SeedOption = 0,
+    lowering: Annotated[
+        str, typer.Option(help="inductor, or eager: slower calls without compilation.")
+    ] = "inductor",
     json_file: JsonOption = None,
 ) -> None:
     """Count the answers that each policy keeps, and how well focus rows are predicted."""
@@ -95,6 +98,7 @@ def fidelity_command(
             block_length=block_length,
             questions=questions,
             seed=seed,
+            lowering=lowering,
         )
         console = Console()
         each = len(retrieval.KINDS) * examples

@@ -95,6 +95,7 @@ def test_fidelity_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ("demo --gen-length 48", "gen_length=48 is not a multiple of block_length=32"),
         ("demo --json no/such/folder/x.json", "not a file in an existing folder"),
         ("fidelity --gen-length 48", "gen_length=48"),
+        ("fidelity --lowering eagre", "did you mean 'eager'"),
         ("fidelity --length 90 --examples 1", "90 tokens cannot hold 4 facts"),
     ],
 )

@@ -23,6 +23,13 @@ def test_the_readme_lists_every_option_with_its_default() -> None:
     assert listed == expected | {"mask_token_id": "from `model.config"}
 
 
+def test_the_readme_lists_every_debug_variable() -> None:
+    code = "".join(file.read_text() for file in (ROOT / "focus_compile").rglob("*.py"))
+    named = set(re.findall(r"FOCUS_COMPILE_[A-Z]+", code))
+    listed = re.findall(r"^\| `(FOCUS_COMPILE_[A-Z]+)=", (ROOT / "README.md").read_text(), re.M)
+    assert named == set(listed)
+
+
 @pytest.mark.parametrize("name", LINKS)
 def test_root_links_lead_into_the_package(name: str) -> None:
     assert (ROOT / name).readlink() == Path("focus_compile") / name

@@ -36,6 +36,8 @@ class FidelitySettings:
     """Facts asked for in each question."""
     seed: int = 0
     """Seed of the first example; the others count up from it."""
+    lowering: str = "inductor"
+    """What runs the programs; "eager" spares each arm its compilation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +81,10 @@ class FidelityResult:
 
 def arms(settings: FidelitySettings) -> list[Arm]:
     """Dense, the dual cache, and focus at falling keep ratios with sinks and without."""
-    blocks = {"block_length": settings.block_length}
-    found = [Arm("dense"), Arm("dual-cache", {"policy": "dual-cache"} | blocks)]
+    common = {"block_length": settings.block_length, "lowering": settings.lowering}
+    found = [Arm("dense"), Arm("dual-cache", {"policy": "dual-cache"} | common)]
     for ratio in KEEP_RATIOS:
-        focus = {"policy": "focus-dllm", "keep_ratio": ratio} | blocks
+        focus = {"policy": "focus-dllm", "keep_ratio": ratio} | common
         found.append(Arm(f"focus α={ratio}", focus))
         found.append(Arm(f"focus α={ratio}, no sinks", focus | {"sink_tokens": 0}))
     count_blocks(settings.gen_length, settings.block_length)

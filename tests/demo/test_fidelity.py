@@ -34,6 +34,7 @@ def test_the_arms() -> None:
         "keep_ratio": 0.25,
         "sink_tokens": 0,
         "block_length": 16,
+        "lowering": "inductor",
     }
 
 
@@ -54,7 +55,9 @@ def test_bad_settings() -> None:
 def test_a_small_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fidelity, "KEEP_RATIOS", (0.5,))
     names = ARMS[:4]
-    settings = FidelitySettings(length=192, examples=1, gen_length=32, block_length=16, questions=2)
+    settings = FidelitySettings(
+        length=192, examples=1, gen_length=32, block_length=16, questions=2, lowering="eager"
+    )
     answered: list[str] = []
     result = fidelity.run(settings, answered.append)
     assert answered == [name for name in names for _ in range(2)]
