@@ -7,7 +7,8 @@ sizes are expressions of the ids' own batch and length.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,10 @@ class CaptureRefused(Exception):
         self.refusal = refusal
 
 
+def _no_buffer() -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class InputInfo:
     """One placeholder of the graph: its name in the user's code, and whether it is a weight."""
@@ -40,6 +45,8 @@ class InputInfo:
     is_weight: bool
     source: Any
     tensor_dict: dict[str, Any]
+    buffer: Callable[[], torch.Tensor | None] = _no_buffer
+    """The module's own tensor where this is a buffer, for as long as the module lives."""
 
 
 @dataclass
@@ -52,6 +59,14 @@ class Capture:
     values: tuple[Any, ...]
     """Fake tensors and SymInts of the inputs, in order."""
 
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """The buffers that still live, by the name of their placeholder."""
+        placeholders = self.graph_module.graph.find_nodes(op="placeholder")
+        values = (
+            (n.name, info.buffer()) for n, info in zip(placeholders, self.inputs, strict=True)
+        )
+        return {name: value for name, value in values if value is not None}
+
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture:
     """Export Dynamo's `gm` to the canonical form.
@@ -59,7 +74,10 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture:
     Raises:
         CaptureRefused: what the graph does that has no functional form.
     """
-    inputs = tuple(_input_info(node) for node in gm.graph.find_nodes(op="placeholder"))
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    inputs = tuple(
+        _input_info(node, value) for node, value in zip(placeholders, example_inputs, strict=True)
+    )
     original = copy_graph_module(gm)
     work = copy_graph_module(gm)
     NormalizeFlexAttention().apply(work)
@@ -102,14 +120,16 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     return twin
 
 
-def _input_info(node: fx.Node) -> InputInfo:
+def _input_info(node: fx.Node, example: Any) -> InputInfo:
     source = getattr(node, "_dynamo_source", None)
     tensor_dict = dict(node.meta.get("tensor_dict") or {})
     value = node.meta.get("example_value")
     static = "_dynamo_static_input_type" in tensor_dict
     is_weight = static or isinstance(value, torch.nn.Parameter)
     name = _source_name(source) or node.name
-    return InputInfo(name, is_weight, source, tensor_dict)
+    is_buffer = is_weight and type(example) is torch.Tensor
+    buffer = weakref.ref(example) if is_buffer else _no_buffer
+    return InputInfo(name, is_weight, source, tensor_dict, buffer)
 
 
 def _source_name(source: Any) -> str:

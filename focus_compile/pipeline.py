@@ -20,7 +20,7 @@ from focus_compile.passes.constant_masks import FoldConstantMasks
 from focus_compile.passes.graph_tools import arg, op_name, shape_of, tensor_of, user_line
 from focus_compile.passes.match_attention import MatchAttention
 from focus_compile.passes.refresh_program import BuildRefresh
-from focus_compile.passes.remove_no_ops import RemoveNoOps
+from focus_compile.passes.remove_no_ops import RemoveNoOps, autocast_is_on
 from focus_compile.passes.step_program import BuildStep
 from focus_compile.passes.token_axis import NotTokenWise, prove_rows
 from focus_compile.plan import InputRole, Plan, Refusal, Site
@@ -94,7 +94,7 @@ def plan_graph(captured: Capture, config: FocusConfig) -> tuple[Pipeline, Plan]:
     A plan with refusals means: run exactly.
     """
     pipeline = Pipeline(captured.graph_module)
-    matching, folding = MatchAttention(), FoldConstantMasks()
+    matching, folding = MatchAttention(), FoldConstantMasks(captured.buffers())
     for graph_pass in (RemoveNoOps(), matching, folding):
         pipeline.run(graph_pass)
     plan = _analyse(captured, pipeline.gm, config, matching, folding)
@@ -120,7 +120,7 @@ def _analyse(
 ) -> Plan:
     placeholders = gm.graph.find_nodes(op="placeholder")
     weights = {n for n, info in zip(placeholders, captured.inputs, strict=True) if info.is_weight}
-    found = _find_ids(gm.graph, weights)
+    found = _find_ids(gm.graph, weights, _output_widths(gm.graph))
     empty = Plan(
         inputs=(), sites=(), rows=(), outputs=(), batch=sympy.Integer(0), length=sympy.Integer(0),
         vocabulary=0, logits=0, key_block=config.key_block, block_summary=config.block_summary,
@@ -138,11 +138,12 @@ def _analyse(
         length=length,
         vocabulary=vocabulary,
     )
-    refusals = _refusals(plan, matching, folding, config)
+    refusals = _refusals(plan, gm.graph, matching, folding, config)
     if refusals:
         return replace(plan, refusals=tuple(refusals))
     try:
         proof = prove_rows(gm, ids, weights)
+        _require_row_wise(plan.sites, {row.node for row in proof.rows})
         logits = _logits_index(gm.graph, vocabulary)
     except NotTokenWise as stuck:
         return replace(plan, refusals=(stuck.refusal,))
@@ -162,8 +163,14 @@ _NO_IDS = Refusal(
 )
 
 
-def _find_ids(graph: fx.Graph, weights: set[fx.Node]) -> tuple[fx.Node, int] | None:
-    """The input that indexes the largest embedding table, and the table's rows."""
+def _find_ids(
+    graph: fx.Graph, weights: set[fx.Node], widths: list[int]
+) -> tuple[fx.Node, int] | None:
+    """The input that indexes the embedding table, and the table's rows.
+
+    Of several tables (positions, segments) it is one with as many rows as some output is wide,
+    else the largest.
+    """
     best: tuple[fx.Node, int] | None = None
     for node in graph.nodes:
         if op_name(node) != "embedding.default":
@@ -172,7 +179,7 @@ def _find_ids(graph: fx.Graph, weights: set[fx.Node]) -> tuple[fx.Node, int] | N
         if index.op != "placeholder" or index in weights or len(shape_of(index)) != 2:
             continue
         size = int(shape_of(table)[0])
-        if best is None or size > best[1]:
+        if best is None or (size in widths, size) > (best[1] in widths, best[1]):
             best = (index, size)
     return best
 
@@ -239,8 +246,14 @@ def _regions(layers: int, config: FocusConfig) -> list[str]:
 
 
 def _refusals(
-    plan: Plan, matching: MatchAttention, folding: FoldConstantMasks, config: FocusConfig
+    plan: Plan,
+    graph: fx.Graph,
+    matching: MatchAttention,
+    folding: FoldConstantMasks,
+    config: FocusConfig,
 ) -> list[Refusal]:
+    if autocast_is_on(graph):
+        return [Refusal("autocast is on", remedy="Cast the model: model.to(torch.bfloat16).")]
     causal = [*matching.causal, *folding.causal]
     if causal:
         remedy = "A causal model reuses its own KV cache; focus_compile is for bidirectional ones."
@@ -261,13 +274,30 @@ def _miss_hint(matching: MatchAttention) -> str:
     return "The nearest: " + str(matching.misses[0]) if matching.misses else ""
 
 
+def _require_row_wise(sites: tuple[Site, ...], rows: set[str]) -> None:
+    for site in sites:
+        if site.node not in rows:
+            where = f"{site.node}, {site.where}"
+            raise NotTokenWise(Refusal("attention over values that are no hidden states", where))
+
+
+def _output_values(graph: fx.Graph) -> list[Any]:
+    output = graph.output_node().args[0]
+    return list(output) if isinstance(output, (tuple, list)) else [output]
+
+
+def _output_widths(graph: fx.Graph) -> list[int]:
+    """The size of each output's last axis; 0 where it has none or is symbolic."""
+    values = _output_values(graph)
+    sizes = [shape_of(v)[-1:] if tensor_of(v) is not None else [] for v in values]
+    return [int(size[0]) if size and size[0].is_Integer else 0 for size in sizes]
+
+
 def _logits_index(graph: fx.Graph, vocabulary: int) -> int:
     """The output whose last axis is the vocabulary."""
-    output = graph.output_node().args[0]
-    values = list(output) if isinstance(output, (tuple, list)) else [output]
-    widths = [int(shape_of(v)[-1]) if isinstance(v, fx.Node) else 0 for v in values]
-    if any(not isinstance(value, fx.Node) for value in values):
+    if not all(isinstance(value, fx.Node) for value in _output_values(graph)):
         raise NotTokenWise(Refusal("the graph returns something that is no tensor"))
+    widths = _output_widths(graph)
     if vocabulary not in widths:
         reason = f"no output is logits over the {vocabulary} embeddings (widths {widths})"
         raise NotTokenWise(Refusal(reason, remedy="Compile the whole model, head included."))

@@ -1,11 +1,12 @@
 """Masks that are known before any call: all-True ones are dropped, causal ones are refused.
 
 A mask is known where nothing but sizes and constants leads to it; masks that also read integer or
-bool inputs (padding) are evaluated with ones, to recognise causality only.
+bool inputs (padding: with ones) or buffers are evaluated to recognise causality only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ import torch
 from torch import fx
 
 from focus_compile.passes.graph_tools import concrete, fake_of, user_line
+from focus_compile.patterns.match import NEGLIGIBLE
 from focus_compile.plan import Refusal
 
 __all__ = ["FoldConstantMasks"]
@@ -27,6 +29,8 @@ class FoldConstantMasks:
     """Needs: canonical attention sites."""
 
     name: ClassVar[str] = "fold-constant-masks"
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Values of buffers by the name of their placeholder, as far as they are known."""
     causal: list[Refusal] = field(default_factory=list)
 
     def apply(self, gm: fx.GraphModule) -> int:
@@ -40,7 +44,7 @@ class FoldConstantMasks:
             if not isinstance(mask, fx.Node):
                 continue
             if mask not in known:
-                known[mask] = _judge(gm, mask)
+                known[mask] = _judge(gm, mask, self.buffers)
             trivial, causal = known[mask]
             if causal:
                 where = f"{site.name}, {user_line(site)}"
@@ -53,7 +57,9 @@ class FoldConstantMasks:
         return dropped
 
 
-def _judge(gm: fx.GraphModule, mask: fx.Node) -> tuple[bool, bool]:
+def _judge(
+    gm: fx.GraphModule, mask: fx.Node, buffers: Mapping[str, torch.Tensor]
+) -> tuple[bool, bool]:
     """(keeps everything at every call, hides every later key from every query)."""
     order = _ancestors(mask)
     inputs = [n for n in order if n.op == "placeholder"]
@@ -61,15 +67,20 @@ def _judge(gm: fx.GraphModule, mask: fx.Node) -> tuple[bool, bool]:
     elements = 1
     for size in fake.shape:
         elements *= concrete(size)
-    readable = all(_stands_in(n) is not None for n in inputs)
-    if not readable or elements > LARGEST:
+    known = {n: _stands_in(n) if n.name not in buffers else buffers[n.name].cpu() for n in inputs}
+    if any(value is None for value in known.values()) or elements > LARGEST:
         return False, False
-    value = _evaluate(gm, order, mask)
+    value = _evaluate(gm, order, mask, known)
     constant = not inputs and not any(isinstance(s, torch.SymInt) for s in fake.shape)
-    keeps = value if value.dtype == torch.bool else value > torch.finfo(value.dtype).min / 4
+    keeps = value if value.dtype == torch.bool else value > _negligible(value.dtype)
     if value.dtype != torch.bool and constant:
         return bool((value == 0).all()), _is_causal(keeps)
     return constant and bool(keeps.all()), _is_causal(keeps)
+
+
+def _negligible(dtype: torch.dtype) -> float:
+    """An added value at or below this hides a key from any score."""
+    return max(NEGLIGIBLE, torch.finfo(dtype).min / 4)
 
 
 def _is_causal(keeps: torch.Tensor) -> bool:
@@ -99,12 +110,14 @@ def _stands_in(node: fx.Node) -> Any:
     return None
 
 
-def _evaluate(gm: fx.GraphModule, order: list[fx.Node], mask: fx.Node) -> torch.Tensor:
-    environment: dict[fx.Node, Any] = {}
+def _evaluate(
+    gm: fx.GraphModule, order: list[fx.Node], mask: fx.Node, known: Mapping[fx.Node, Any]
+) -> torch.Tensor:
+    environment = dict(known)
     for node in order:
         if node.op == "placeholder":
-            environment[node] = _stands_in(node)
-        elif node.op == "get_attr":
+            continue
+        if node.op == "get_attr":
             environment[node] = getattr(gm, str(node.target)).cpu()
         else:
             args = fx.map_arg(node.args, environment.__getitem__)

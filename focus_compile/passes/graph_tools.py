@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 from torch._guards import detect_fake_mode
+
+TORCH = str(Path(torch.__file__).parent)
 
 __all__ = [
     "arg",
@@ -77,11 +80,12 @@ def concrete(size: Any) -> int:
 
 
 def user_line(node: fx.Node) -> str:
-    """`file.py:12 in forward: code` of the user's innermost frame that made this node."""
+    """`file.py:12 in forward: code` of the innermost frame outside torch that made this node."""
     trace = (node.meta.get("stack_trace") or node.stack_trace or "").strip().splitlines()
     frames = [i for i, line in enumerate(trace) if line.lstrip().startswith("File ")]
     if not frames:
         return node.name
+    frames = [i for i in frames if TORCH not in trace[i]] or frames
     file, line, function = (part.strip() for part in trace[frames[-1]].split(",")[:3])
     path = file.removeprefix("File ").strip('"').rsplit("/", 1)[-1]
     code = trace[frames[-1] + 1].strip() if frames[-1] + 1 < len(trace) else ""

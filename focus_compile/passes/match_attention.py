@@ -143,6 +143,9 @@ def _without_repeats(query: fx.Node, key: fx.Node, value: fx.Node) -> tuple[fx.N
 
 def _check_shapes(query: fx.Node, key: fx.Node, value: fx.Node) -> None:
     q, k, v = shape_of(query), shape_of(key), shape_of(value)
+    dtypes = [str(fake_of(node).dtype).removeprefix("torch.") for node in (query, key, value)]
+    if len(set(dtypes)) > 1:
+        raise Miss("query, key and value are {}, {} and {}".format(*dtypes))
     if q[0] != k[0] or k[:3] != v[:3]:
         raise Miss(f"query {q}, key {k} and value {v} do not belong together")
     if q[3] != k[3]:

@@ -16,9 +16,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from focus_compile.passes.graph_tools import arg, fake_of, op_name, shape_of
+from focus_compile.passes.graph_tools import arg, fake_of, op_name, shape_of, tensor_of
 
-__all__ = ["RemoveNoOps"]
+__all__ = ["RemoveNoOps", "autocast_is_on"]
 
 aten = torch.ops.aten
 ASSERTS = {
@@ -122,6 +122,19 @@ def _drop_disabled_autocast(graph: fx.Graph) -> int:
     for node in reversed(nodes):
         graph.erase_node(node)
     return len(nodes)
+
+
+def autocast_is_on(graph: fx.Graph) -> bool:
+    """Whether part of the graph, or the call that it was traced in, runs under autocast."""
+    enters = [n for n in graph.nodes if "_enter_autocast" in str(n.target)]
+    ambient = any(torch.is_autocast_enabled(device) for device in _devices(graph))
+    return ambient or any(_enabled(node) for node in enters)
+
+
+def _devices(graph: fx.Graph) -> set[str]:
+    placeholders = graph.find_nodes(op="placeholder")
+    tensors = [tensor for node in placeholders if (tensor := tensor_of(node)) is not None]
+    return {tensor.device.type for tensor in tensors}
 
 
 def _enabled(enter: fx.Node) -> bool:

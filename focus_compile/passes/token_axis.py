@@ -72,9 +72,17 @@ def prove_rows(gm: fx.GraphModule, ids: fx.Node, weights: set[fx.Node]) -> RowPr
         demands.consumer = node
         rule_for(node)(demands, node, axes)
         operands = demands.operands.pop(node, {})
+        _require_all_read(demands, node, operands)
         rows.append(RowOp(node.name, axes, tuple(operands.values())))
     counts = Counter(_kind(gm, row.node) for row in rows)
     return RowProof(tuple(reversed(rows)), outputs, tuple(sorted(counts.items())))
+
+
+def _require_all_read(demands: Demands, node: fx.Node, operands: dict[str, Operand]) -> None:
+    """Every tensor input must have been demanded somehow; sizes of shapes are built anew."""
+    for source in node.all_input_nodes:
+        if source.name not in operands and tensor_of(source) is not None:
+            demands.refuse(f"focus_compile has no rule for how it reads {source.name}")
 
 
 def _kind(gm: fx.GraphModule, name: str) -> str:
@@ -161,11 +169,21 @@ class Demands:
         own = _shifted(axes, -shift)
         if own is None or (self.batch != 1 and own.batch is None):
             self.refuse(f"{node.name} loses its batch axis")
+        self._require_rows_at(node, own)
         known = self.rows.get(node)
         if known is not None and known != own:
             self.refuse(f"the rows of {node.name} are needed on two axes ({known}; {own})")
         self.rows[node] = own
         self._record(Operand(node.name, "rows", own))
+
+    def _require_rows_at(self, node: fx.Node, axes: RowAxes) -> None:
+        """The axes must be long enough to hold the rows: a broadcast one of size 1 is not."""
+        counts = [(axes.token, self.length)]
+        if axes.batch is not None:
+            counts.append((axes.batch, self.batch))
+        for factor, count in counts:
+            if not divides(count * factor.inner, shape_of(node)[factor.axis]):
+                self.refuse(f"axis {factor.axis} of {node.name} does not hold its rows")
 
     def need_full(self, node: object) -> None:
         """Demand all of `node`; refused for a value of hidden states."""

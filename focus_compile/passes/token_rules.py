@@ -41,7 +41,7 @@ def rule_for(node: fx.Node) -> Rule:
     name = op_name(node).split(".")[0]
     if name in _RULES:
         return _RULES[name]
-    if name in REDUCTIONS:
+    if name in REDUCTIONS and not op_name(node).endswith(".other"):
         return _reduction
     if name in ALONG_AXIS:
         return _along_axis
@@ -125,8 +125,8 @@ def _product(demands: Demands, node: fx.Node, axes: RowAxes, left: Any, right: A
         if axes.token.axis != own and shape[axes.token.axis] != out_shape[axes.token.axis]:
             demands.need_full(operand)
             continue
-        if axes.batch is not None and axes.batch.axis in (rank - 1, rank - 2):
-            demands.refuse("contracts beside the batch axis")
+        if axes.batch is not None and axes.batch.axis == foreign:
+            demands.refuse("contracts over the batch axis")
         demands.need_rows(operand, axes, rank=rank)
 
 
@@ -195,6 +195,7 @@ def _permute(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
 
 def _unsqueeze(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     new = position(int(arg(node, 1)), _rank(node))
+    _forbid(demands, axes, [new], "inserts")
     demands.need_rows(arg(node, 0), _map(axes, lambda f: Factor(f.axis - (f.axis > new), f.inner)))
 
 
@@ -254,6 +255,7 @@ def _cat(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
 
 def _stack(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     new = position(int(_argument(node, 1, "dim", 0)), _rank(node))
+    _forbid(demands, axes, [new], "stacks along")
     for operand in arg(node, 0):
         demands.need_rows(operand, _map(axes, lambda f: Factor(f.axis - (f.axis > new), f.inner)))
 
@@ -295,6 +297,9 @@ def _getitem(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
 def _gather(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     axis = position(int(arg(node, 1)), _rank(node))
     _forbid(demands, axes, [axis], "gathers along")
+    source, out_shape = shape_of(arg(node, 0)), shape_of(node)
+    if any(source[f.axis] != out_shape[f.axis] for f in _factors(axes)):
+        demands.refuse("gathers from a value with other rows")
     demands.need_rows(arg(node, 0), axes)
     demands.need_rows(arg(node, 2), axes)
 
@@ -336,7 +341,7 @@ def _attention(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     if axes != expected:
         demands.refuse(f"its rows are needed at {axes}, expected {expected}")
     if len({query, key, value}) != 3:
-        demands.refuse("query, key and value are one tensor")
+        demands.refuse("two of query, key and value are one tensor")
     for operand in (query, key, value):
         demands.need_rows(operand, axes)
     if isinstance(mask, fx.Node):
@@ -377,6 +382,7 @@ _RULES: dict[str, Rule] = {
     "getitem": _getitem,
     "gather": _gather,
     "index_select": _index_select,
+    "pad": _pad,
     "constant_pad_nd": _pad,
     "repeat": _repeat,
     "repeat_interleave": _repeat_interleave,

@@ -8,8 +8,18 @@ from torch import fx
 
 from focus_compile.passes.graph_tools import arg, op_name, shape_of, tensor_of
 
-__all__ = ["CASTS", "AttentionMatch", "MaskTerm", "Miss", "look_through", "mask_rank_is_four"]
+__all__ = [
+    "CASTS",
+    "NEGLIGIBLE",
+    "AttentionMatch",
+    "MaskTerm",
+    "Miss",
+    "look_through",
+    "mask_rank_is_four",
+]
 
+NEGLIGIBLE = -1e8
+"""A finite fill at or below this absorbs any score, so adding it equals filling with it."""
 CASTS = {"_to_copy.default", "clone.default", "to.dtype", "type_as.default"}
 
 

@@ -14,15 +14,20 @@ import torch
 from torch import fx
 
 from focus_compile.passes.graph_tools import arg, op_name, position, shape_of
-from focus_compile.patterns.match import CASTS, AttentionMatch, MaskTerm, Miss, look_through
+from focus_compile.patterns.match import (
+    CASTS,
+    NEGLIGIBLE,
+    AttentionMatch,
+    MaskTerm,
+    Miss,
+    look_through,
+)
 
 __all__ = ["MatmulSoftmaxMatmul"]
 
 PRODUCTS = {"matmul.default": (0, 1), "bmm.default": (0, 1), "baddbmm.default": (1, 2)}
 SCALINGS = {"mul.Tensor", "mul.Scalar", "div.Tensor", "div.Scalar"}
 LONGEST_CHAIN = 16
-NEGLIGIBLE = -1e8
-"""A finite fill at or below this absorbs any score, so adding it equals filling with it."""
 
 
 class MatmulSoftmaxMatmul:
@@ -173,6 +178,8 @@ def _fill(value: Any) -> float:
 
 def _split_sum(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     """(scores, mask) of an addition: exactly one side leads to a product of two activations."""
+    if node.kwargs.get("alpha", 1) != 1:
+        raise Miss("a multiple of the mask is added to the scores")
     a, b = node.args[:2]
     if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
         raise Miss("a number is added to the scores")
