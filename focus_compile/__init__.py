@@ -3,6 +3,9 @@
 model = torch.compile(model, backend="focus", options={"mask_token_id": 3})
 """
 
+import importlib
+from types import ModuleType
+
 from focus_compile.config import FocusConfig
 from focus_compile.errors import FocusError, OptionError, RefusalError, SelfCheckError
 from focus_compile.explain import Explanation, explain
@@ -23,3 +26,10 @@ __all__ = [
     "explain",
     "record",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`focus_compile.decode` and `focus_compile.demo`, imported when first named."""
+    if name in ("decode", "demo"):
+        return importlib.import_module(f"focus_compile.{name}")
+    raise AttributeError(f"module 'focus_compile' has no attribute {name!r}")

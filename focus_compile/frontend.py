@@ -8,10 +8,17 @@ import torch
 
 from focus_compile.config import FocusConfig
 
-__all__ = ["compile", "options_for"]
+__all__ = ["compile", "known_mask_token_id", "options_for"]
 
 Model = TypeVar("Model")
 MASK_NAMES = ("mask_token_id", "mask_id", "mask_token_index")
+
+
+def known_mask_token_id(model: Any) -> Any:
+    """What `model.config` calls the mask token's id, or None."""
+    config = getattr(model, "config", None)
+    known = (getattr(config, name, None) for name in MASK_NAMES)
+    return next((value for value in known if value is not None), None)
 
 
 def options_for(model: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -21,10 +28,8 @@ def options_for(model: Any, options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         OptionError: an unknown or invalid option.
     """
-    config = getattr(model, "config", None)
     if FocusConfig.from_options(options).mask_token_id is None:
-        known = (getattr(config, name, None) for name in MASK_NAMES)
-        mask_token_id = next((value for value in known if value is not None), None)
+        mask_token_id = known_mask_token_id(model)
         if mask_token_id is not None:
             options = options | {"mask_token_id": mask_token_id}
             FocusConfig.from_options(options)

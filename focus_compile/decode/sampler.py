@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from focus_compile.errors import OptionError
+from focus_compile.frontend import known_mask_token_id
 from focus_compile.kernels.confidence.op import confidence
 
 __all__ = ["DecodeProgress", "GenerateResult", "generate"]
@@ -219,7 +220,7 @@ def _logits(output: Any, ids: Tensor) -> Tensor:
 
 def _mask_token_id(model: Callable[..., Any], given: int | None) -> int:
     if given is None:
-        given = getattr(getattr(model, "config", None), "mask_token_id", None)
+        given = known_mask_token_id(model)
     if given is None:
         raise OptionError("generate: model.config has no mask_token_id; pass mask_token_id=...")
     return _whole("mask_token_id", given, least=0)

@@ -18,6 +18,8 @@ from focus_compile.demo.arms import Arm, answer
 __all__ = ["KEEP_RATIOS", "FidelityResult", "FidelitySettings", "Score", "arms", "run", "table"]
 
 KEEP_RATIOS = (0.5, 0.25, 0.1)
+MEAN_SUMMARIES = {"keep_ratio": 0.1, "block_summary": "mean", "key_block": 16}
+"""Selection by mean keys: where it errs, sinks show what they are for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,12 +87,16 @@ def arms(settings: FidelitySettings) -> list[Arm]:
     found = [Arm("dense"), Arm("dual-cache", {"policy": "dual-cache"} | common)]
     for ratio in KEEP_RATIOS:
         focus = {"policy": "focus-dllm", "keep_ratio": ratio} | common
-        found.append(Arm(f"focus α={ratio}", focus))
-        found.append(Arm(f"focus α={ratio}, no sinks", focus | {"sink_tokens": 0}))
+        found += _with_and_without_sinks(f"focus α={ratio}", focus)
+    found += _with_and_without_sinks("mean keys α=0.1", common | MEAN_SUMMARIES)
     count_blocks(settings.gen_length, settings.block_length)
     for arm in found[1:]:
         FocusConfig.from_options(arm.options)
     return found
+
+
+def _with_and_without_sinks(name: str, options: dict[str, Any]) -> list[Arm]:
+    return [Arm(name, options), Arm(f"{name}, no sinks", options | {"sink_tokens": 0})]
 
 
 def run(

@@ -21,6 +21,8 @@ ARMS = [
     "focus α=0.25, no sinks",
     "focus α=0.1",
     "focus α=0.1, no sinks",
+    "mean keys α=0.1",
+    "mean keys α=0.1, no sinks",
 ]
 
 
@@ -54,7 +56,7 @@ def test_bad_settings() -> None:
 @pytest.mark.usefixtures("quick_arms")
 def test_a_small_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fidelity, "KEEP_RATIOS", (0.5,))
-    names = ARMS[:4]
+    names = [*ARMS[:4], *ARMS[-2:]]
     settings = FidelitySettings(
         length=192, examples=1, gen_length=32, block_length=16, questions=2, lowering="eager"
     )
