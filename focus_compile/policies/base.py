@@ -35,6 +35,18 @@ class StepView:
         """Positions at or after the current block's start, bool [batch, length]."""
         return self._from_block_start()
 
+    def block_positions(self) -> tuple[Tensor, Tensor]:
+        """Positions of the current block, int64 [batch, width], and which of them are real.
+
+        width is block_length, or the sequence's length if that is less. Where a block reaches
+        past the end, or a sequence is finished, positions are clipped and not real.
+        """
+        length = self.masked.shape[1]
+        offsets = torch.arange(min(self.block_length, length), device=self.masked.device)
+        positions = self.block_start[:, None] + offsets
+        real = (positions >= 0) & (positions < length) & (self.block >= 0)[:, None]
+        return positions.clamp(0, length - 1), real
+
     def _positions(self) -> Tensor:
         return torch.arange(self.masked.shape[1], device=self.masked.device)
 

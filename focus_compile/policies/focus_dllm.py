@@ -22,12 +22,14 @@ class FocusDllm:
     window: int
 
     def select(self, view: StepView) -> Selection:
-        candidates = view.masked & view.in_current_block()
+        positions, inside = view.block_positions()
+        candidates = view.masked.gather(1, positions) & inside
         decided = view.changed.sum(1).clamp(min=1)
         wanted = torch.minimum(decided * self.expansion, candidates.sum(1))
-        scores = view.confidence.masked_fill(~candidates, -1.0)
-        most = int(wanted.max())
-        order = scores.argsort(dim=1, descending=True, stable=True)[:, :most]
-        chosen = torch.arange(most, device=order.device) < wanted[:, None]
-        focus = torch.zeros_like(candidates).scatter(1, order, chosen)
+        scores = view.confidence.gather(1, positions).masked_fill(~candidates, -1.0)
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        rank = order.argsort(dim=1)
+        chosen = (rank < wanted[:, None]).to(torch.int8)
+        focus = torch.zeros_like(view.masked, dtype=torch.int8)
+        focus = focus.scatter_reduce_(1, positions, chosen, "amax").bool()
         return Selection(windows_around(focus, self.window), focus)

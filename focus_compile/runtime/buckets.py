@@ -55,17 +55,16 @@ def pack_rows(active: Tensor, focus: Tensor, ladder: tuple[int, ...] | None) -> 
             its active rows choose keys.
         ladder: bucket sizes, or None for the default ladder.
     """
-    batch, length = active.shape
+    length = active.shape[1]
     per_sequence = active.sum(1)
     largest = int(per_sequence.max())
     bucket = max(LEAST, min(bucket_for(largest, ladder), max(length, largest)))
-    order = active.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    order = order[:, : min(bucket, length)]
-    if order.shape[1] < bucket:
-        order = torch.cat([order, order[:, :1].expand(batch, bucket - order.shape[1])], 1)
-    slots = torch.arange(bucket, device=active.device)
-    real = slots[None] < per_sequence[:, None]
-    rows = torch.where(real, order, order[:, :1])
+    sequence, position = active.nonzero(as_tuple=True)
+    first_slot = per_sequence.cumsum(0) - per_sequence
+    slot = torch.arange(len(position), device=active.device) - first_slot[sequence]
+    rows = position[first_slot][:, None].repeat(1, bucket)
+    rows[sequence, slot] = position
+    real = torch.arange(bucket, device=active.device) < per_sequence[:, None]
     chosen = focus.gather(1, rows) & real
     chosen = torch.where(chosen.any(1, keepdim=True), chosen, real)
     return ActiveRows(rows, real.float(), chosen.float(), int(per_sequence.sum()))
