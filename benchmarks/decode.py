@@ -1,9 +1,11 @@
-"""The CPU table: decoding by length against Inductor-compiled dense, and what the runtime adds.
+"""Decoding by length against Inductor-compiled dense, and what the runtime adds to a call.
 
-    python -m benchmarks.cpu --json benchmarks/results/cpu.json
+    python -m benchmarks.decode --json benchmarks/results/decode_cpu.json
+    python -m benchmarks.decode --device cuda --json benchmarks/results/decode_cuda.json
 
 Ratios are taken side by side in one run on the bundled model: the calls of both arms alternate
-where single calls are compared, and both arms decode the same question where decodings are.
+where single calls are compared, and both arms decode the same question where decodings are. On a
+GPU a call ends when its work does (the sampler reads the tokens; single calls synchronize).
 """
 
 from __future__ import annotations
@@ -89,9 +91,20 @@ def program_time() -> Any:
         Program.__call__ = run  # type: ignore[method-assign]
 
 
-def question(tokenizer: Any, length: int, seed: int) -> tuple[torch.Tensor, retrieval.Example]:
+def question(
+    model: Any, tokenizer: Any, length: int, seed: int
+) -> tuple[torch.Tensor, retrieval.Example]:
     example = retrieval.make(tokenizer, length, response=GEN_LENGTH, seed=seed)
-    return torch.tensor([example.prompt_ids]), example
+    return torch.tensor([example.prompt_ids], device=model.device), example
+
+
+def response(like: torch.Tensor, token: int) -> torch.Tensor:
+    return torch.cat([like, like.new_full((1, GEN_LENGTH), token)], 1)
+
+
+def finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def decode(model: Any, prompt: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -102,9 +115,8 @@ def decode(model: Any, prompt: torch.Tensor) -> tuple[torch.Tensor, float]:
 
 def decode_row(model: Any, tokenizer: Any, length: int, seed: int) -> DecodeRow:
     torch.compiler.reset()
-    prompt, example = question(tokenizer, length, seed)
-    masks = torch.full((1, GEN_LENGTH), model.config.mask_token_id)
-    ids = torch.cat([prompt, masks], 1)
+    prompt, example = question(model, tokenizer, length, seed)
+    ids = response(prompt, model.config.mask_token_id)
     dense = torch.compile(model, dynamic=False)
     focus = focus_compile.compile(model, dynamic=False, block_length=BLOCK_LENGTH)
     with torch.no_grad():
@@ -139,10 +151,9 @@ def decode_row(model: Any, tokenizer: Any, length: int, seed: int) -> DecodeRow:
 
 def overhead_row(model: Any, tokenizer: Any, length: int, repeats: int) -> OverheadRow:
     torch.compiler.reset()
-    prompt, _ = question(tokenizer, length, seed=0)
-    masks = torch.full((1, GEN_LENGTH), model.config.mask_token_id)
-    masked = torch.cat([prompt, masks], 1)
-    decided = torch.cat([prompt, torch.full_like(masks, 7)], 1)
+    prompt, _ = question(model, tokenizer, length, seed=0)
+    masked = response(prompt, model.config.mask_token_id)
+    decided = response(prompt, 7)
     dense = torch.compile(model, dynamic=False)
     options: dict[str, Any] = {"block_length": BLOCK_LENGTH, "dynamic": False}
     focus = focus_compile.compile(model, **options)
@@ -162,6 +173,7 @@ def overhead_row(model: Any, tokenizer: Any, length: int, repeats: int) -> Overh
             for name, run in arms.items():
                 before, started = spent[0], time.perf_counter()
                 run()
+                finish(masked.device)
                 elapsed = time.perf_counter() - started
                 times[name].append(elapsed * 1e3)
                 if name == "exact":
@@ -194,6 +206,10 @@ def step_outside_programs(focus: Any, prompt: torch.Tensor) -> float:
     return statistics.median(outside)
 
 
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(title=title)
     for name in rows[0]:
@@ -209,10 +225,12 @@ def main(
     overhead_length: int = 1024,
     repeats: Annotated[int, typer.Option(help="Alternating calls for the overhead.")] = 20,
     seed: int = 0,
+    device: str = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Measure both tables on the bundled model."""
     model, tokenizer = demo.load()
+    model.to(device)
     overhead = asdict(overhead_row(model, tokenizer, overhead_length, repeats))
     show("a call beside plain Inductor", [overhead])
     rows = []
@@ -220,7 +238,8 @@ def main(
         rows.append(asdict(decode_row(model, tokenizer, length, seed)))
         show("decoding 64 tokens", rows)
     if json_file is not None:
-        result = {"environment": environment.describe(), "overhead": overhead, "decode": rows}
+        where = environment.describe() | {"device": device_name(model.device)}
+        result = {"environment": where, "overhead": overhead, "decode": rows}
         json_file.write_text(json.dumps(result, indent=2) + "\n")
 
 
