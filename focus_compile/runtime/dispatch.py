@@ -31,6 +31,11 @@ __all__ = ["Dispatcher"]
 
 log = logging.getLogger(__name__)
 
+_INFERENCE_WEIGHTS = (
+    "the weights were made in torch.inference_mode(), which hides changes of them. "
+    "Make or load the model outside it."
+)
+
 
 class Dispatcher:
     """Runs a captured graph incrementally where a call continues a trajectory, else exactly.
@@ -64,7 +69,7 @@ class Dispatcher:
         return outputs
 
     def _run(self, args: Sequence[Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        why_exact = self._why_exact(args[self.plan.ids.position])
+        why_exact = self._why_exact(args)
         if why_exact is not None:
             return self._exact(args, why_exact)
         slot = STORE.slot(args[self._first_weight])
@@ -78,14 +83,16 @@ class Dispatcher:
         finally:
             slot.lock.release()
 
-    def _why_exact(self, ids: Tensor) -> str | None:
+    def _why_exact(self, args: Sequence[Any]) -> str | None:
         """Reasons that leave the trajectory alone."""
         if self._refused is not None:
             return self._refused
         if self.policy is None:
             return 'policy="exact"'
-        if not bool(self._masked(ids).any()):
+        if not bool(self._masked(args[self.plan.ids.position]).any()):
             return "no mask token in the input"
+        if any(args[at].is_inference() for at in self.plan.positions("weight")):
+            return self._refuse(_INFERENCE_WEIGHTS)
         return None
 
     def _masked(self, ids: Tensor) -> Tensor:
@@ -191,10 +198,12 @@ class Dispatcher:
         trajectory.confidence = torch.zeros(call.ids.shape, device=call.ids.device)
         trajectory.confidence[masked] = confidence(logits[masked])[0]
         if trajectory.outputs:
-            for latest, output in zip(trajectory.outputs, outputs, strict=True):
-                latest.replace(output)
+            pairs = zip(trajectory.outputs, outputs, strict=True)
+            outputs = tuple(latest.replace(output) for latest, output in pairs)
         else:
             trajectory.outputs = [LatestRows(output) for output in outputs]
+            pairs = zip(trajectory.outputs, outputs, strict=True)
+            outputs = tuple(latest.lend(output) for latest, output in pairs)
         trajectory.refreshed_at = trajectory.blocks.current(masked)
         trajectory.calls_since_refresh = 0
         trajectory.predicted = None

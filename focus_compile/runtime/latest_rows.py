@@ -1,9 +1,9 @@
 """The latest computed value of every row of an output, handed out without a full copy per call.
 
 A step computes few rows, but its caller gets all of them. A private master holds every row. What
-is handed out is one of at most two copies of it; a copy is brought up to date and handed out again
-only when nobody holds it any more and nobody wrote into it, so a caller's tensors never change
-under its hands and a caller's in-place edits never come back.
+is handed out is one of at most two copies of it, and only one that nobody holds any more: brought
+up to date by the rows it missed if it is as we left it, overwritten from the master if not. So a
+caller's tensors never change under its hands and a caller's in-place edits never come back.
 """
 
 from __future__ import annotations
@@ -24,13 +24,32 @@ class _Copy:
     version: int
     behind: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def is_worth_keeping(self) -> bool:
-        """Catching up writes fewer rows than a copy of the master would, and holds no more."""
-        return sum(rows.shape[1] for rows, _ in self.behind) <= self.tensor.shape[1]
+    stale: bool = False
 
     def is_free(self) -> bool:
-        """Nobody but us refers to the storage, and it is as we left it."""
-        return _holders(self.tensor) <= _OURS and self.tensor._version == self.version
+        """Nobody but us refers to the storage."""
+        return _holders(self.tensor) <= _OURS
+
+    def miss(self, rows: Tensor, values: Tensor) -> None:
+        """Note an update, unless catching up would by now write more than a whole copy."""
+        self.behind.append((rows, values))
+        if sum(rows.shape[1] for rows, _ in self.behind) > self.tensor.shape[1]:
+            self.forget()
+
+    def forget(self) -> None:
+        """To catch up, copy everything."""
+        self.stale = True
+        self.behind.clear()
+
+    def catch_up(self, master: Tensor) -> None:
+        """Become equal to the master."""
+        if self.stale or self.tensor._version != self.version:
+            self.tensor.copy_(master)
+        else:
+            for rows, values in self.behind:
+                _write(self.tensor, rows, values)
+        self.behind.clear()
+        self.version, self.stale = self.tensor._version, False
 
 
 class LatestRows:
@@ -41,10 +60,19 @@ class LatestRows:
             self.master = everything.clone()
         self.copies: list[_Copy] = []
 
-    def replace(self, everything: Tensor) -> None:
-        """All rows are new; `everything` itself goes to the caller."""
+    def replace(self, everything: Tensor) -> Tensor:
+        """All rows are new. Returns them for the caller to keep."""
         self.master.copy_(everything)
-        self.copies = []
+        for copy in self.copies:
+            copy.forget()
+        return self.lend(everything)
+
+    def lend(self, everything: Tensor) -> Tensor:
+        """Hand out a tensor that equals the master, and count it as one of the copies."""
+        if everything.is_inference():  # its writes are not counted
+            return everything
+        self._keep(_Copy(everything, everything._version))
+        return everything.detach()
 
     def update(self, rows: Tensor, values: Tensor) -> Tensor:
         """New `values` [batch, active, ...] of the rows at `rows` int64 [batch, active].
@@ -53,24 +81,21 @@ class LatestRows:
         """
         _write(self.master, rows, values)
         for copy in self.copies:
-            copy.behind.append((rows, values))
-        self.copies = [copy for copy in self.copies if copy.is_worth_keeping()]
+            copy.miss(rows, values)
         return self._hand_out().detach()
 
     def _hand_out(self) -> Tensor:
         for copy in self.copies:
             if copy.is_free():
-                for rows, values in copy.behind:
-                    _write(copy.tensor, rows, values)
-                copy.behind.clear()
-                copy.version = copy.tensor._version
-                self.copies.remove(copy)
-                self.copies.append(copy)
+                copy.catch_up(self.master)
                 return copy.tensor
         with torch.inference_mode(False), torch.no_grad():
             tensor = self.master.clone()
-        self.copies = [*self.copies[-(MOST_COPIES - 1) :], _Copy(tensor, tensor._version)]
+        self._keep(_Copy(tensor, tensor._version))
         return tensor
+
+    def _keep(self, copy: _Copy) -> None:
+        self.copies = [*self.copies[-(MOST_COPIES - 1) :], copy]
 
     @property
     def nbytes(self) -> int:
