@@ -80,6 +80,7 @@ def fidelity_command(
     block_length: BlockLengthOption = 32,
     questions: QuestionsOption = 4,
     seed: SeedOption = 0,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda.")] = "cpu",
     lowering: Annotated[
         str, typer.Option(help="inductor, or eager: slower calls without compilation.")
     ] = "inductor",
@@ -98,6 +99,7 @@ def fidelity_command(
             block_length=block_length,
             questions=questions,
             seed=seed,
+            device=device,
             lowering=lowering,
         )
         console = Console()

@@ -58,7 +58,7 @@ def answer(
     """
     import torch
 
-    prompt = torch.tensor([example.prompt_ids])
+    prompt = torch.tensor([example.prompt_ids], device=model.device)
     result = generate(
         model,
         prompt,

@@ -38,6 +38,8 @@ class FidelitySettings:
     """Facts asked for in each question."""
     seed: int = 0
     """Seed of the first example; the others count up from it."""
+    device: str = "cpu"
+    """Where the model runs, as torch names it."""
     lowering: str = "inductor"
     """What runs the programs; "eager" spares each arm its compilation."""
 
@@ -112,6 +114,7 @@ def run(
     """
     everyone = arms(settings)
     model, tokenizer = demo.load()
+    model.to(settings.device)
     questions = {kind: _examples(tokenizer, settings, kind) for kind in retrieval.KINDS}
     scores: dict[str, dict[str, Score]] = {}
     by_dense: dict[str, list[bool]] = {}
