@@ -26,6 +26,7 @@ from focus_compile.plan import Refusal
 __all__ = ["PATTERNS", "MatchAttention"]
 
 aten = torch.ops.aten
+FLATTENING = {"reshape.default", "clone.default", "_to_copy.default"}
 PATTERNS = (ScaledDotProduct, MatmulSoftmaxMatmul)
 
 
@@ -123,7 +124,9 @@ def _with_heads(graph: fx.Graph, node: fx.Node, heads: list[Any] | None) -> fx.N
         return node
     if rank != 3:
         raise Miss(f"an operand has {rank} axes, expected 4, or 3 with heads flattened")
-    source = look_through(node, {"reshape.default", "clone.default", "_to_copy.default"})
+    source = node
+    while len(shape_of(source)) != 4 and op_name(source) in FLATTENING:
+        source = arg(source, 0)
     if len(shape_of(source)) == 4 and shape_of(source)[2:] == shape_of(node)[1:]:
         return source
     if heads is not None and all(size.is_Integer for size in (*heads, *shape_of(node))):
