@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,17 +203,25 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 def _parse(name: str, kind: str, text: str) -> Any:
     if "None" in kind and text.lower() in ("", "none"):
         return None
+    parse, expected = _PARSERS[kind.removesuffix(" | None")]
     try:
-        if kind == "bool":
-            return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
-        if kind.startswith("tuple"):
-            return tuple(int(part) for part in text.split(","))
-        if kind == "float":
-            return float(text)
-        if kind == "str | int":
-            return int(text) if text.lstrip("-").isdigit() else text
-        if kind.startswith("int"):
-            return int(text)
+        return parse(text)
     except (ValueError, KeyError):
-        raise OptionError.invalid(name, text, f"a value of type {kind}") from None
-    return text
+        raise OptionError.invalid(name, text, expected) from None
+
+
+_BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
+_PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "bool": (lambda text: _BOOLEANS[text.lower()], "1 or 0"),
+    "float": (float, "a number"),
+    "int": (int, "a whole number"),
+    "str": (str, "a name"),
+    "str | int": (
+        lambda text: int(text) if text.lstrip("-").isdigit() else text,
+        "a name or number",
+    ),
+    "tuple[int, ...]": (
+        lambda text: tuple(int(part) for part in text.split(",")),
+        "whole numbers with commas between them",
+    ),
+}

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 
 from focus_compile.config import FocusConfig
+from focus_compile.errors import OptionError
 
 __all__ = ["compile", "known_mask_token_id", "options_for"]
 
@@ -46,6 +47,10 @@ def compile(model: Model, **options: Any) -> Model:
     Raises:
         OptionError: an unknown or invalid option, at once rather than at the first call.
     """
+    if "mode" in options:
+        raise OptionError(
+            f"focus_compile: mode= is torch.compile's; pass policy={options['mode']!r} instead."
+        )
     ours = {k: v for k, v in options.items() if k not in ("fullgraph", "dynamic")}
     theirs = {k: v for k, v in options.items() if k in ("fullgraph", "dynamic")}
     from focus_compile.backend import focus
