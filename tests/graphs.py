@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from focus_compile.backend import BackendCall
+from focus_compile.capture import Capture, capture
 from focus_compile.config import FocusConfig
 from focus_compile.pipeline import build_programs
 from focus_compile.plan import Plan
@@ -99,21 +100,26 @@ def rows_alone(programs: Programs, args: Sequence[Any], active: Tensor) -> list[
     return [(a, d[sequences, packed.rows]) for a, d in zip(alone, dense, strict=False)]
 
 
-def aten_graph(function: Callable[..., Any], *examples: Any, dynamic: bool = False) -> Any:
-    """`function` in the canonical form, passes not yet run: a `Capture`."""
-    from focus_compile.capture import capture
-
+def aten_graph(
+    function: Callable[..., Any], *examples: Any, dynamic: bool = False
+) -> tuple[Capture, tuple[Any, ...]]:
+    """`function` in the canonical form, passes not yet run, and the inputs of its graph."""
     torch._dynamo.reset()
-    captures: list[Any] = []
+    found: list[tuple[Capture, tuple[Any, ...]]] = []
 
     def collect(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        captures.append(capture(gm, inputs))
-        return gm.forward
+        captured = capture(gm, inputs)
+
+        def run(*args: Any) -> Any:
+            found.append((captured, args))
+            return captured.original(*args)
+
+        return run
 
     with torch.no_grad():
         torch.compile(function, backend=collect, fullgraph=True, dynamic=dynamic)(*examples)
-    (captured,) = captures
-    return captured
+    (only,) = found
+    return only
 
 
 def op_names(gm: fx.GraphModule) -> list[str]:
