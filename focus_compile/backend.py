@@ -30,7 +30,23 @@ log = logging.getLogger(__name__)
 
 IGNORED_LOGGING = (warnings.warn, getattr(logging.Logger, "warning_once", warnings.warn))
 """Calls in transformers' forwards that would break the graph and change nothing in it."""
-torch._dynamo.config.ignore_logging_functions.update(IGNORED_LOGGING)
+
+
+def _ignore_logging() -> None:
+    """Let Dynamo trace past `IGNORED_LOGGING`, where its own metrics can cope with that.
+
+    torch 2.11 writes its whole config as JSON with every compilation, and fails on functions.
+    """
+    ignored = torch._dynamo.config.ignore_logging_functions
+    added = set(IGNORED_LOGGING) - ignored
+    ignored |= added
+    try:
+        torch._dynamo.utils._get_dynamo_config_for_logging()
+    except (AttributeError, TypeError):
+        ignored -= added
+
+
+_ignore_logging()
 
 
 class BackendCall:

@@ -83,9 +83,11 @@ def check_index(op: str, name: str, index: Tensor, batch: int, dim: int) -> None
 
 def check(condition: bool | torch.SymBool, op: str, message: str) -> None:
     """Raise ValueError(f"{op}: {message}") unless the condition holds; symbols are guarded."""
-    torch._check_value(condition, lambda: f"{op}: {message}")
+    if not condition:
+        raise ValueError(f"{op}: {message}")
 
 
 def check_dtype(condition: bool, op: str, message: str) -> None:
     """Raise TypeError(f"{op}: {message}") unless the condition holds."""
-    torch._check_type(condition, lambda: f"{op}: {message}")
+    if not condition:
+        raise TypeError(f"{op}: {message}")
