@@ -147,6 +147,7 @@ class Program:
             node.meta = {"tensor_dict": marks, "example_value": fake}
             node._dynamo_source = spec.source
         graph._param_name_to_source = {}
+        graph.meta.setdefault("dynamo_compile_id", None)  # without it the marks are not looked at
         return graph
 
 
