@@ -1,4 +1,4 @@
-"""Tensors this small only wait for a second thread; no graph outlives its test."""
+"""Tensors this small only wait for a second thread; graphs serve all tests of a file."""
 
 from __future__ import annotations
 
@@ -7,11 +7,21 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from focus_compile.backend import focus
 
-@pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_graphs() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
     torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
+    torch.compiler.reset()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_state() -> Iterator[None]:
+    yield
+    focus.reset()  # type: ignore[attr-defined]

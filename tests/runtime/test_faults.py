@@ -13,8 +13,8 @@ from focus_compile.runtime import dispatch
 from focus_compile.runtime.latest_rows import LatestRows
 from focus_compile.runtime.programs import Programs
 from focus_compile.runtime.store import STORE
-from tests.compiled import compiled, run_call
-from tests.runtime.tiny import OPTIONS, assert_own, decided, prompt, tiny_model
+from tests.compiled import run_call
+from tests.runtime.tiny import assert_own, decided, prompt, shared, tiny_model
 
 
 class FailsOnce:
@@ -42,7 +42,7 @@ def test_a_step_that_fails(
     monkeypatch: pytest.MonkeyPatch, error: BaseException, owner: Any, method: str
 ) -> None:
     model = tiny_model()
-    focus, ids = compiled(model, **OPTIONS), prompt()
+    focus, ids = shared(model), prompt()
     run_call(focus, ids)
     ids = decided(ids)
     with monkeypatch.context() as patch:
@@ -62,7 +62,7 @@ def test_a_refresh_that_fails(
     monkeypatch: pytest.MonkeyPatch, error: BaseException, first: bool
 ) -> None:
     model = tiny_model()
-    focus, ids = compiled(model, **OPTIONS), prompt(masks=6)
+    focus, ids = shared(model), prompt(masks=6)
     if not first:
         run_call(focus, ids)
         ids = decided(ids, 4)
@@ -77,7 +77,8 @@ def test_a_refresh_that_fails(
 
 
 def test_an_interrupted_first_run_is_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    focus = compiled(tiny_model(), **OPTIONS)
+    torch.compiler.reset()
+    focus = shared(tiny_model())
     with monkeypatch.context() as patch:
         interrupted = FailsOnce(dispatch.check_plan, KeyboardInterrupt())
         patch.setattr(dispatch, "check_plan", interrupted)
@@ -92,7 +93,7 @@ def test_an_interrupted_first_run_is_checked_again(monkeypatch: pytest.MonkeyPat
 def test_out_of_memory_keeps_torchs_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """No room for K/V: the old state is given back first, and the error says what was asked."""
     model = tiny_model()
-    focus, ids = compiled(model, **OPTIONS), prompt()
+    focus, ids = shared(model), prompt()
     run_call(focus, ids)
 
     def allocate(programs: Programs, args: Any) -> Any:
@@ -112,7 +113,7 @@ def test_out_of_memory_keeps_torchs_own_error(monkeypatch: pytest.MonkeyPatch) -
 def test_an_error_of_the_exact_program_leaves_the_trajectory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    focus, ids = compiled(tiny_model(), **OPTIONS), prompt()
+    focus, ids = shared(tiny_model()), prompt()
     run_call(focus, ids)
     with monkeypatch.context() as patch:
         patch.setattr(Program, "__call__", FailsOnce(Program.__call__, RuntimeError("injected")))

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 
-import focus_compile
 from focus_compile.runtime.latest_rows import MOST_COPIES
 from focus_compile.runtime.store import STORE
-from tests.compiled import compiled, run_call
-from tests.runtime.tiny import OPTIONS, decided, prompt, tiny_model
+from tests.compiled import run_call
+from tests.runtime.tiny import decided, prompt, shared, tiny_model
 
 
 def test_state_goes_with_the_model() -> None:
     model = tiny_model()
-    focus = compiled(model, **OPTIONS)
+    focus = shared(model)
     run_call(focus, prompt())
     run_call(focus, decided(prompt()))
     held = STORE.nbytes
@@ -31,8 +30,7 @@ def test_state_goes_with_the_model() -> None:
 
 def test_one_of_two_models_goes() -> None:
     models = [tiny_model(seed) for seed in range(2)]
-    focus = [compiled(models[0], **OPTIONS)]
-    focus.append(focus_compile.compile(models[1], lowering="eager", dynamic=False, **OPTIONS))
+    focus = [shared(model) for model in models]
     for model in focus:
         run_call(model, prompt())
     both = STORE.nbytes
@@ -43,7 +41,7 @@ def test_one_of_two_models_goes() -> None:
 
 
 def test_torch_compiler_reset_frees_all_state() -> None:
-    focus = compiled(tiny_model(), **OPTIONS)
+    focus = shared(tiny_model())
     run_call(focus, prompt())
     assert STORE.nbytes > 0
     torch.compiler.reset()
@@ -53,7 +51,7 @@ def test_torch_compiler_reset_frees_all_state() -> None:
 
 
 def test_restarts_free_what_they_replace() -> None:
-    focus, live = compiled(tiny_model(), **OPTIONS), set()
+    focus, live = shared(tiny_model()), set()
     for seed in range(12):
         ids = prompt(seed=seed)
         for _ in range(3):
@@ -78,7 +76,7 @@ def live_bytes_of_tensors() -> int:
 def test_a_long_decode_holds_a_constant_number_of_bytes() -> None:
     """K/V and summaries, and of the logits the master with at most two copies."""
     model = tiny_model()
-    focus: Any = compiled(model, **{**OPTIONS, "block_length": 64})
+    focus: Any = shared(model, block_length=64)
     ids = prompt(masks=20, length=32)
     kept, sizes = [], []
     for _ in range(16):

@@ -11,13 +11,12 @@ import torch
 
 import focus_compile
 from focus_compile.fallback import FocusWarning
-from tests.compiled import compiled
-from tests.runtime.tiny import MASK, OPTIONS, decided, prompt, tiny_model
+from tests.runtime.tiny import MASK, decided, prompt, shared, tiny_model
 
 
 @torch.no_grad()
 def test_a_decode_in_records() -> None:
-    focus: Any = compiled(tiny_model(), **OPTIONS, strict=True)
+    focus: Any = shared(tiny_model(), strict=True)
     ids = prompt(masks=6)
     with focus_compile.record() as history:
         for _ in range(7):
@@ -44,7 +43,7 @@ def test_a_decode_in_records() -> None:
 
 @torch.no_grad()
 def test_recall_is_the_share_of_decided_positions_that_were_predicted() -> None:
-    focus: Any = compiled(tiny_model(), **{**OPTIONS, "policy": "dual-cache"})
+    focus: Any = shared(tiny_model(), policy="dual-cache")
     ids = prompt(masks=8)
     with focus_compile.record() as history:
         focus(ids)
@@ -57,7 +56,7 @@ def test_recall_is_the_share_of_decided_positions_that_were_predicted() -> None:
 
 @torch.no_grad()
 def test_records_nest_and_end() -> None:
-    focus: Any = compiled(tiny_model(), **OPTIONS)
+    focus: Any = shared(tiny_model())
     with focus_compile.record() as outer:
         focus(prompt())
         with focus_compile.record() as inner:
@@ -69,7 +68,7 @@ def test_records_nest_and_end() -> None:
 
 @torch.no_grad()
 def test_another_thread_records_for_itself() -> None:
-    focus: Any = compiled(tiny_model(), **OPTIONS)
+    focus: Any = shared(tiny_model())
     with focus_compile.record() as history:
         thread = threading.Thread(target=torch.no_grad()(lambda: focus(prompt())))
         thread.start()
@@ -78,7 +77,7 @@ def test_another_thread_records_for_itself() -> None:
 
 
 def test_refused_graphs_are_recorded_too() -> None:
-    focus: Any = compiled(tiny_model(), **{**OPTIONS, "mask_token_id": None})
+    focus: Any = shared(tiny_model(), mask_token_id=None)
     with torch.no_grad(), focus_compile.record() as history:
         with pytest.warns(FocusWarning, match="no mask_token_id"):
             focus(prompt())

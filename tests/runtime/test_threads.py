@@ -15,9 +15,9 @@ import focus_compile
 from focus_compile.fallback import FocusWarning
 from focus_compile.runtime.programs import Programs
 from focus_compile.runtime.store import STORE
-from tests.compiled import compiled, run_call
+from tests.compiled import run_call
 from tests.oracle import Oracle
-from tests.runtime.tiny import OPTIONS, assert_own, decided, prompt, tiny_model
+from tests.runtime.tiny import OPTIONS, assert_own, decided, prompt, shared, tiny_model
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def other_thread() -> Iterator[Callable[..., Any]]:
 
 def test_a_second_thread_gets_exact_answers(other_thread: Callable[..., Any]) -> None:
     model = tiny_model()
-    focus, ids = compiled(model, **OPTIONS), prompt()
+    focus, ids = shared(model), prompt()
     run_call(focus, ids)
     ids = decided(ids)
     logits, record = other_thread(run_call, focus, ids)
@@ -42,7 +42,7 @@ def test_a_second_thread_gets_exact_answers(other_thread: Callable[..., Any]) ->
 
 @torch.no_grad()
 def test_the_second_thread_is_told_once(other_thread: Callable[..., Any]) -> None:
-    focus: Any = compiled(tiny_model(), **OPTIONS)
+    focus: Any = shared(tiny_model())
     focus(prompt())
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -54,7 +54,7 @@ def test_the_second_thread_is_told_once(other_thread: Callable[..., Any]) -> Non
 
 
 def test_strict_tells_the_second_thread_by_an_error(other_thread: Callable[..., Any]) -> None:
-    focus = compiled(tiny_model(), **OPTIONS, strict=True)
+    focus = shared(tiny_model(), strict=True)
     run_call(focus, prompt())
     with pytest.raises(focus_compile.RefusalError, match="another thread owns"):
         other_thread(run_call, focus, prompt())
@@ -62,7 +62,7 @@ def test_strict_tells_the_second_thread_by_an_error(other_thread: Callable[..., 
 
 
 def test_a_dead_owner_leaves_the_trajectory_to_the_next(other_thread: Callable[..., Any]) -> None:
-    focus, records = compiled(tiny_model(), **OPTIONS), []
+    focus, records = shared(tiny_model()), []
     thread = threading.Thread(target=lambda: records.append(run_call(focus, prompt())[1]))
     thread.start()
     thread.join()
@@ -75,7 +75,7 @@ def test_a_dead_owner_leaves_the_trajectory_to_the_next(other_thread: Callable[.
 def test_a_call_during_another_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second thread arrives while the first is inside its step."""
     model = tiny_model()
-    focus, ids = compiled(model, **OPTIONS), prompt()
+    focus, ids = shared(model), prompt()
     run_call(focus, ids)
     inside, go_on, records = threading.Event(), threading.Event(), []
     run_step = Programs.run_step
@@ -114,16 +114,14 @@ def in_two_threads(work: Callable[[int], None]) -> None:
 
 
 def two_of_a_class(**options: Any) -> tuple[list[Any], list[Any]]:
+    torch.compiler.reset()
     models = [tiny_model(seed) for seed in range(2)]
-    focus = [compiled(models[0], **options)]
-    both = {"lowering": "eager", "dynamic": False} | options
-    focus.append(focus_compile.compile(models[1], **both))
-    return models, focus
+    return models, [shared(model, **options) for model in models]
 
 
 def test_two_models_in_two_threads_follow_their_oracles() -> None:
     """They share one graph and no state."""
-    models, focus = two_of_a_class(**OPTIONS)
+    models, focus = two_of_a_class()
     run_call(focus[0], prompt())
     calls, expected = [[prompt(masks=8, seed=at)] for at in range(2)], [[], []]
     for at, model in enumerate(models):  # here, since the oracle replaces functions of torch
@@ -146,7 +144,7 @@ def test_two_models_in_two_threads_follow_their_oracles() -> None:
 @pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_two_first_calls_at_once(lowering: str) -> None:
     """Whoever compiles, and however often: every answer is right."""
-    everything = {**OPTIONS, "window": 4096, "keep_ratio": 1.0, "block_length": 64}
+    everything = {"window": 4096, "keep_ratio": 1.0, "block_length": 64}
     models, focus = two_of_a_class(**everything, lowering=lowering)
 
     def decode(at: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import focus_compile
 from tests.models import ModelSpec, build
 from tests.models.network import Dllm, logits_of
 
@@ -26,6 +27,12 @@ OPTIONS: dict[str, Any] = {
 
 def tiny_model(seed: int = 0) -> Dllm:
     return build(SPEC, seed)
+
+
+def shared(model: Any, **options: Any) -> Any:
+    """The focus-compiled model; models of one class and options share a graph between tests."""
+    chosen = {"lowering": "eager", "dynamic": False} | OPTIONS | options
+    return focus_compile.compile(model, **chosen)
 
 
 def prompt(masks: int = 4, length: int = 12, batch: int = 1, seed: int = 0) -> Tensor:
