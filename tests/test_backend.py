@@ -77,25 +77,19 @@ print(json.dumps([STORE.nbytes > 0, "transformers" in sys.modules]))
 
 
 def test_importing_is_light() -> None:
-    """Beside torch, and without what only the demo or a GPU needs."""
-    seconds, heavy = in_a_fresh_process("""
+    """Beside torch, and without what only the demo or a GPU needs; so is the backend itself."""
+    seconds, heavy, demo = in_a_fresh_process("""
 import json, sys, time, torch
 started = time.process_time()
 import focus_compile
 spent = time.process_time() - started
-print(json.dumps([spent, [m for m in ("triton", "transformers", "rich") if m in sys.modules]]))
-""")
-    assert heavy == []
-    assert seconds < 0.3
-
-
-def test_the_backend_module_needs_neither_triton_nor_transformers() -> None:
-    found = in_a_fresh_process("""
-import json, sys
+heavy = [m for m in ("triton", "transformers", "rich") if m in sys.modules]
 import focus_compile.backend
-print(json.dumps([m for m in ("transformers", "focus_compile.demo") if m in sys.modules]))
+demo = [m for m in ("transformers", "rich", "focus_compile.demo") if m in sys.modules]
+print(json.dumps([spent, heavy, demo]))
 """)
-    assert found == []
+    assert heavy == demo == []
+    assert seconds < 0.3
 
 
 def by_name(**arguments: Any) -> Any:

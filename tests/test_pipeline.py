@@ -23,7 +23,7 @@ from tests.strategies import model_specs, seeds
 torch.set_num_threads(1)
 QUICK: dict[str, Any] = {"norm": "functional_rmsnorm", "mlp": "gelu", "hidden": 16}
 property_test = settings(
-    max_examples=6,
+    max_examples=4,
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],

@@ -98,7 +98,7 @@ def assert_subset_equals_dense(
             assert error <= bound, f"{tuple(ids.shape)}: {error:g} > {bound:g}"
 
 
-@property_test(10)
+@property_test(8)
 @given(model_specs(), st.integers(1, 3), seeds(), st.booleans(), st.data())
 def test_rows_alone_equal_dense(
     spec: ModelSpec, batch: int, seed: int, dynamic: bool, data: st.DataObject
@@ -153,6 +153,7 @@ def test_mixers_are_refused_by_name(mixer: str, place: str) -> None:
     assert "mixers.py:" in refusal.where
 
 
+@pytest.mark.slow
 @property_test(6)
 @given(
     model_specs(mixer=[mixer for mixer in MIXERS if mixer != "gru"]),
