@@ -69,8 +69,8 @@ class LatestRows:
 
     def lend(self, everything: Tensor) -> Tensor:
         """Hand out a tensor that equals the master, and count it as one of the copies."""
-        if everything.is_inference():  # its writes are not counted
-            return everything
+        if everything.is_inference() or not everything.is_contiguous():
+            return everything  # writes into it are not counted, or reach more than one row
         self._keep(_Copy(everything, everything._version))
         return everything.detach()
 
