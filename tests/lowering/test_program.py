@@ -106,6 +106,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Programs]:
     return found
 
 
+@torch._inductor.config.patch(force_disable_caches=True)
+@torch._dynamo.config.patch(specialize_float=True)
 @pytest.mark.slow
 def test_compilations_depend_on_neither_steps_nor_lengths(
     built: list[Programs], monkeypatch: pytest.MonkeyPatch
@@ -121,8 +123,6 @@ def test_compilations_depend_on_neither_steps_nor_lengths(
         return compile_fx_inner(gm, inputs, **options)
 
     monkeypatch.setattr(lowering, "compile_fx", functools.partial(compile_fx, inner_compile=spy))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    monkeypatch.setattr(torch._dynamo.config, "specialize_float", True)
     model = tiny_model()
     focus = shared(model, lowering="inductor", dynamic=True, expansion=3, window=3, block_length=64)
     buckets = set()
