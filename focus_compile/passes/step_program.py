@@ -20,23 +20,13 @@ from focus_compile.passes.graph_tools import op_name, shape_of, tensor_of
 from focus_compile.passes.row_values import ACTIVE, RowValues
 from focus_compile.plan import Operand, Plan, RowOp, Site
 
-__all__ = ["STEP_INPUTS", "BuildStep", "StepInputs", "cache_names"]
+__all__ = ["STEP_INPUTS", "BuildStep", "cache_names"]
 
 aten = torch.ops.aten
 STEP_INPUTS = ("rows", "row_weight", "focus_weight", "candidates", "keep")
 """Inputs of a step after the model's own: rows int64 [batch, active], their weights in sink
 capture and in block relevance fp32 [batch, active], and per sequence the number of selectable and
 of kept prompt blocks int64 [batch]."""
-
-
-@dataclass
-class StepInputs:
-    """The nodes of `STEP_INPUTS` and of the state."""
-
-    named: dict[str, fx.Node]
-
-    def __getitem__(self, name: str) -> fx.Node:
-        return self.named[name]
 
 
 def cache_names(plan: Plan) -> list[str]:
@@ -78,7 +68,7 @@ class _StepBuilder:
         for node in placeholders:
             self.full[node.name] = self.graph.placeholder(node.name)
         names = [*STEP_INPUTS, *cache_names(self.plan)]
-        self.inputs = StepInputs({name: self.graph.placeholder(name) for name in names})
+        self.inputs = {name: self.graph.placeholder(name) for name in names}
         ids = placeholders[self.plan.ids.position]
         tensor = tensor_of(ids)
         assert tensor is not None

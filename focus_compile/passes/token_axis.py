@@ -63,6 +63,7 @@ def prove_rows(gm: fx.GraphModule, ids: fx.Node, weights: set[fx.Node]) -> RowPr
     demands = Demands(batch, length, hidden_values(gm.graph, ids, weights))
     outputs = tuple(_demand_output(demands, node) for node in _outputs(gm.graph))
     rows: list[RowOp] = []
+    counts: Counter[str] = Counter()
     for node in reversed(gm.graph.nodes):
         axes = demands.rows.get(node)
         if axes is None:
@@ -74,7 +75,7 @@ def prove_rows(gm: fx.GraphModule, ids: fx.Node, weights: set[fx.Node]) -> RowPr
         operands = demands.operands.pop(node, {})
         _require_all_read(demands, node, operands)
         rows.append(RowOp(node.name, axes, tuple(operands.values())))
-    counts = Counter(_kind(gm, row.node) for row in rows)
+        counts[_kind(node)] += 1
     return RowProof(tuple(reversed(rows)), outputs, tuple(sorted(counts.items())))
 
 
@@ -85,8 +86,7 @@ def _require_all_read(demands: Demands, node: fx.Node, operands: dict[str, Opera
             demands.refuse(f"focus_compile has no rule for how it reads {source.name}")
 
 
-def _kind(gm: fx.GraphModule, name: str) -> str:
-    node = next(n for n in gm.graph.nodes if n.name == name)
+def _kind(node: fx.Node) -> str:
     return op_name(node).removeprefix("focus_compile.").split(".")[0]
 
 

@@ -144,7 +144,6 @@ class Dispatcher:
             candidates=candidates,
             keep=torch.minimum(keep, candidates),
             caches=self.programs.allocate(args),
-            refreshed_at=blocks.current(masked),
         )
 
     def _continue(
