@@ -76,6 +76,7 @@ def demo_command(
 def fidelity_command(
     length: LengthOption = 1024,
     examples: Annotated[int, typer.Option(min=1, help="Questions of each kind.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Questions decoded side by side.")] = 8,
     gen_length: GenLengthOption = 64,
     block_length: BlockLengthOption = 32,
     questions: QuestionsOption = 4,
@@ -95,6 +96,7 @@ def fidelity_command(
         settings = fidelity.FidelitySettings(
             length=length,
             examples=examples,
+            batch=batch,
             gen_length=gen_length,
             block_length=block_length,
             questions=questions,
@@ -107,14 +109,15 @@ def fidelity_command(
         with _answers_bar(console) as bar:
             task = bar.add_task("dense", total=len(fidelity.arms(settings)) * each)
 
-            def advance(arm: str) -> None:
-                bar.update(task, advance=1, description=arm)
-                if not console.is_terminal and bar.tasks[task].completed % each == 0:
-                    console.print(f"{arm}: {each} answers")
+            def advance(arm: str, answers: int) -> None:
+                bar.update(task, advance=answers, description=arm)
 
-            result = fidelity.run(settings, advance)
+            for result in fidelity.run(settings, advance):
+                _write(json_file, result.to_dict())
+                if not console.is_terminal:
+                    arm = list(result.scores)[-1]
+                    console.print(f"{arm}: {each} answers")
         console.print(fidelity.table(result))
-        _write(json_file, result.to_dict())
 
 
 def _answers_bar(console: Console) -> Progress:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,20 +68,24 @@ def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_fidelity_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[Any] = []
 
-    def run(settings: fidelity.FidelitySettings, advance: Any) -> fidelity.FidelityResult:
+    def run(
+        settings: fidelity.FidelitySettings, advance: Any
+    ) -> Iterator[fidelity.FidelityResult]:
         seen.append(settings)
-        for arm in fidelity.arms(settings):
-            for _ in range(2 * settings.examples):
-                advance(arm.name)
         scores = {kind: fidelity.Score(3, 4, 0.75, None, None, 1.0) for kind in ("needle", "table")}
-        return fidelity.FidelityResult({"dense": scores}, {"dense": None}, {"length": 300})
+        done: dict[str, Any] = {}
+        for arm in fidelity.arms(settings):
+            advance(arm.name, 2 * settings.examples)
+            done = done | {arm.name: scores}
+            yield fidelity.FidelityResult(done, dict.fromkeys(done), {"length": 300})
+            assert len(json.loads(file.read_text())["arms"]) == len(done)
 
     monkeypatch.setattr(fidelity, "run", run)
     file = tmp_path / "fidelity.json"
-    options = "fidelity --length 300 --examples 2 --seed 7 --questions 3"
+    options = "fidelity --length 300 --examples 2 --batch 4 --seed 7 --questions 3"
     result = runner.invoke(app, [*options.split(), "--json", str(file)])
     assert result.exit_code == 0, result.output
-    assert seen == [fidelity.FidelitySettings(length=300, examples=2, seed=7, questions=3)]
+    assert seen == [fidelity.FidelitySettings(length=300, examples=2, batch=4, seed=7, questions=3)]
     assert "focus α=0.1, no sinks: 4 answers" in result.output
     assert json.loads(file.read_text())["arms"][0]["needle"]["right"] == 3
 

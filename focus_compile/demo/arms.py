@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from focus_compile.decode.sampler import DecodeProgress, generate
 from focus_compile.demo.retrieval import Example
 
-__all__ = ["Answer", "Arm", "answer"]
+__all__ = ["Answer", "Arm", "answer", "answer_all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +51,45 @@ def answer(
     block_length: int,
     progress: Callable[[DecodeProgress], object] | None = None,
 ) -> Answer:
-    """Decode the example's response, one token a call.
+    """The answer to one question; see `answer_all`."""
+    (found,) = answer_all(
+        model,
+        tokenizer,
+        [example],
+        gen_length=gen_length,
+        block_length=block_length,
+        progress=progress,
+    )
+    return found
+
+
+def answer_all(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    gen_length: int,
+    block_length: int,
+    progress: Callable[[DecodeProgress], object] | None = None,
+) -> list[Answer]:
+    """Decode the responses to questions of equal length side by side, one token a call.
 
     model: plain or compiled, with a `config` that names its mask token. gen_length and
     block_length are in tokens.
     """
     import torch
 
-    prompt = torch.tensor([example.prompt_ids], device=model.device)
+    prompts = torch.tensor([example.prompt_ids for example in examples], device=model.device)
     result = generate(
         model,
-        prompt,
+        prompts,
         gen_length=gen_length,
         block_length=block_length,
         progress=progress,
     )
-    text = tokenizer.decode(result.ids[0, prompt.shape[1] :], skip_special_tokens=True)
-    return Answer(text, example.marks(text), result.model_calls)
+    responses = result.ids[:, prompts.shape[1] :]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+    return [
+        Answer(text, example.marks(text), result.model_calls)
+        for text, example in zip(texts, examples, strict=True)
+    ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.table import Table
@@ -13,7 +13,7 @@ from focus_compile import demo
 from focus_compile.config import FocusConfig
 from focus_compile.decode.sampler import count_blocks
 from focus_compile.demo import environment, retrieval
-from focus_compile.demo.arms import Arm, answer
+from focus_compile.demo.arms import Arm, answer_all
 
 __all__ = ["KEEP_RATIOS", "FidelityResult", "FidelitySettings", "Score", "arms", "run", "table"]
 
@@ -30,6 +30,8 @@ class FidelitySettings:
     """Tokens of prompt and response together."""
     examples: int = 16
     """Questions of each kind."""
+    batch: int = 8
+    """Questions decoded side by side."""
     gen_length: int = 64
     """Tokens of the response, decoded one a call."""
     block_length: int = 32
@@ -63,7 +65,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class FidelityResult:
-    """All arms on all kinds."""
+    """All arms so far on all kinds."""
 
     scores: dict[str, dict[str, Score]]
     """By the arm's name, then by kind."""
@@ -102,12 +104,12 @@ def _with_and_without_sinks(name: str, options: dict[str, Any]) -> list[Arm]:
 
 
 def run(
-    settings: FidelitySettings, advance: Callable[[str], object] = lambda arm: None
-) -> FidelityResult:
-    """Ask every arm the same questions.
+    settings: FidelitySettings, advance: Callable[[str, int], object] = lambda arm, answers: None
+) -> Iterator[FidelityResult]:
+    """Ask every arm the same questions; after each arm, the result so far.
 
-    advance: called with the arm's name after each answer, `len(arms(settings)) * 2 *
-    settings.examples` times in all.
+    advance: called with the arm's name and a number of new answers after each batch;
+    `len(arms(settings)) * 2 * settings.examples` answers in all.
 
     Raises:
         FocusError: settings out of range, or questions that do not fit the length.
@@ -116,20 +118,22 @@ def run(
     model, tokenizer = demo.load()
     model.to(settings.device)
     questions = {kind: _examples(tokenizer, settings, kind) for kind in retrieval.KINDS}
-    scores: dict[str, dict[str, Score]] = {}
+    result = FidelityResult({}, {}, asdict(settings) | environment.describe())
     by_dense: dict[str, list[bool]] = {}
     for arm in everyone:
         compiled = arm.compile(model)
-        scores[arm.name] = {}
+        scores: dict[str, Score] = {}
         for kind, examples in questions.items():
             marks, recall, seconds = _ask(compiled, tokenizer, examples, settings, arm, advance)
             reference = by_dense.setdefault(kind, marks)
-            scores[arm.name][kind] = _score(marks, reference, recall, seconds)
-    return FidelityResult(
-        scores=scores,
-        options={arm.name: None if arm.options is None else dict(arm.options) for arm in everyone},
-        settings=asdict(settings) | environment.describe(),
-    )
+            scores[kind] = _score(marks, reference, recall, seconds)
+        options = None if arm.options is None else dict(arm.options)
+        result = replace(
+            result,
+            scores=result.scores | {arm.name: scores},
+            options=result.options | {arm.name: options},
+        )
+        yield result
 
 
 def table(result: FidelityResult) -> Table:
@@ -177,7 +181,7 @@ def _ask(
     examples: Sequence[retrieval.Example],
     settings: FidelitySettings,
     arm: Arm,
-    advance: Callable[[str], object],
+    advance: Callable[[str, int], object],
 ) -> tuple[list[bool], float | None, float]:
     """Whether each value is right, over all examples; the mean recall; the seconds taken."""
     import focus_compile
@@ -185,16 +189,18 @@ def _ask(
     marks: list[bool] = []
     begun = time.perf_counter()
     with focus_compile.record() as history:
-        for example in examples:
-            found = answer(
+        for start in range(0, len(examples), settings.batch):
+            batch = examples[start : start + settings.batch]
+            answers = answer_all(
                 compiled,
                 tokenizer,
-                example,
+                batch,
                 gen_length=settings.gen_length,
                 block_length=settings.block_length,
             )
-            marks += found.right
-            advance(arm.name)
+            for found in answers:
+                marks += found.right
+            advance(arm.name, len(batch))
     return marks, _mean(record.recall for record in history), time.perf_counter() - begun
 
 

@@ -49,7 +49,7 @@ def test_kept_counts_only_what_dense_gets_right() -> None:
 
 def test_bad_settings() -> None:
     with pytest.raises(OptionError, match="not a multiple"):
-        fidelity.run(FidelitySettings(gen_length=40))
+        next(fidelity.run(FidelitySettings(gen_length=40)))
 
 
 @pytest.mark.slow
@@ -58,23 +58,32 @@ def test_a_small_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fidelity, "KEEP_RATIOS", (0.5,))
     names = [*ARMS[:4], *ARMS[-2:]]
     settings = FidelitySettings(
-        length=192, examples=1, gen_length=32, block_length=16, questions=2, lowering="eager"
+        length=192,
+        examples=3,
+        batch=2,
+        gen_length=32,
+        block_length=16,
+        questions=2,
+        lowering="eager",
     )
-    answered: list[str] = []
-    result = fidelity.run(settings, answered.append)
-    assert answered == [name for name in names for _ in range(2)]
-    assert list(result.scores) == names
+    answered: list[tuple[str, int]] = []
+    results = list(fidelity.run(settings, lambda *step: answered.append(step)))
+    assert answered == [(name, count) for name in names for count in (2, 1, 2, 1)]
+    assert [list(result.scores) for result in results] == [
+        names[: count + 1] for count in range(len(names))
+    ]
+    result = results[-1]
     for name, kinds in result.scores.items():
         assert set(kinds) == {"needle", "table"}
         for score in kinds.values():
-            assert score.asked == 2
+            assert score.asked == 6
             assert (score.recall is None) == (name == "dense")
-    assert result.scores["dense"]["needle"].right == 2
-    assert result.scores["dual-cache"]["needle"].right == 2
+    assert result.scores["dense"]["needle"].right == 6
+    assert result.scores["dual-cache"]["needle"].right == 6
 
     written = json.loads(json.dumps(result.to_dict()))
     assert [arm["name"] for arm in written["arms"]] == names
-    assert written["settings"]["examples"] == 1
+    assert written["settings"]["examples"] == 3
     console = Console(file=io.StringIO(), width=100)
     console.print(fidelity.table(result))
     assert isinstance(console.file, io.StringIO)
