@@ -1,9 +1,10 @@
 """The `focus_compile` operator library: how every kernel folder registers its op.
 
-An op is its schema, a fake (shapes for tracing, and the checks) and two implementations of the same
-name: `cpu.py`, the fast one, and `reference.py`, the slow and obvious one. Neither is imported
-before the op first runs; `FOCUS_COMPILE_REFERENCE=1` in the environment at that moment picks the
-reference. An op mutates nothing and returns contiguous tensors whatever the strides of its inputs.
+An op is its schema, a fake (shapes for tracing, and the checks) and implementations of one name:
+`cpu.py`, fast in plain torch on any device; `reference.py`, slow and obvious; and, where the folder
+has one, `kernel.py`, Triton for CUDA tensors of `KERNEL_DTYPES`. None is imported before the op
+first runs; `FOCUS_COMPILE_REFERENCE=1` in the environment at that moment picks the reference. An
+op mutates nothing and returns contiguous tensors whatever the strides of its inputs.
 """
 
 import functools
@@ -18,34 +19,49 @@ from torch._ops import OpOverload
 
 LIBRARY = torch.library.Library("focus_compile", "DEF")
 
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 
-def define_op(schema: str, folder: str, fake: Callable[..., Any]) -> OpOverload:
+def define_op(
+    schema: str, folder: str, fake: Callable[..., Any], *, kernel: bool = False
+) -> OpOverload:
     """Register `focus_compile::<schema>`, implemented in `focus_compile/kernels/<folder>`.
 
     `fake` takes the op's arguments, checks them and returns empty outputs; tracing runs it instead
     of the implementation. The implementation trusts its arguments: a traced call was checked by
-    `fake`, an eager one by the op's public function.
+    `fake`, an eager one by the op's public function. kernel: the folder has a `kernel.py`.
     """
     name = schema.partition("(")[0]
+    plain = _lazy(folder, name, "cpu")
     LIBRARY.define(schema, tags=_TAGS)
-    LIBRARY.impl(name, _lazy(folder, name), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
+    if kernel:
+        LIBRARY.impl(name, _by_dtype(_lazy(folder, name, "kernel"), plain), "CUDA")
     torch.library.register_fake(f"focus_compile::{name}", fake, lib=LIBRARY)
     overload: OpOverload = getattr(torch.ops.focus_compile, name).default
     return overload
 
 
-def _lazy(folder: str, name: str) -> Callable[..., Any]:
+def _lazy(folder: str, name: str, fast: str) -> Callable[..., Any]:
     @functools.cache
     def implementation() -> Callable[..., Any]:
-        module = "reference" if os.environ.get("FOCUS_COMPILE_REFERENCE") == "1" else "cpu"
+        module = "reference" if os.environ.get("FOCUS_COMPILE_REFERENCE") == "1" else fast
         found = importlib.import_module(f"focus_compile.kernels.{folder}.{module}")
         function: Callable[..., Any] = getattr(found, name)
         return function
 
     def call(*arguments: Any) -> Any:
         return implementation()(*arguments)
+
+    return call
+
+
+def _by_dtype(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel` where the first argument's dtype is one that it takes, else `plain`."""
+
+    def call(first: Tensor, *rest: Any) -> Any:
+        return (kernel if first.dtype in KERNEL_DTYPES else plain)(first, *rest)
 
     return call
 
