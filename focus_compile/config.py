@@ -17,6 +17,7 @@ __all__ = ["POLICIES", "FocusConfig"]
 POLICIES = ("focus-dllm", "dual-cache", "prefix-cache", "exact")
 REFRESH_WORDS = ("block", "every-step")
 BLOCK_SUMMARIES = ("bound", "mean")
+LOGITS_ROWS = ("all", "response")
 LOWERINGS = ("inductor", "eager")
 ENVIRONMENT_PREFIX = "FOCUS_COMPILE_"
 
@@ -55,8 +56,15 @@ class FocusConfig:
     """What a key block is judged by: "bound" (its keys' bounding box) or "mean" (their mean)."""
     refresh: str | int = "block"
     """When all rows are recomputed: at decode "block" entry, at "every-step", or every n calls."""
+    logits: str = "all"
+    """Which rows a refresh computes outputs for: "all", or "response": from a window before the
+    first mask on. Other rows are then zero; a sampler that reads masked positions (or the one
+    before them) sees no difference, and the head and the last layer cost a fraction."""
     buckets: tuple[int, ...] | None = None
-    """Row counts, ascending, that a step is padded to. None: powers of two from 8."""
+    """Row counts, ascending, that a step is padded to. None: multiples of 8 to 64, of 32 to 256,
+    powers of two beyond."""
+    cuda_graphs: bool = True
+    """Replay a step as one CUDA graph per bucket. No effect on the CPU."""
     strict: bool = False
     """Raise instead of running the exact program when a model or a call is refused."""
     dryrun: bool = False
@@ -183,7 +191,9 @@ _CHECKS: dict[str, Any] = {
     "key_block": _whole(1),
     "block_summary": _one_of(BLOCK_SUMMARIES),
     "refresh": _refresh,
+    "logits": _one_of(LOGITS_ROWS),
     "buckets": _buckets,
+    "cuda_graphs": _flag,
     "strict": _flag,
     "dryrun": _flag,
     "lowering": _one_of(LOWERINGS),

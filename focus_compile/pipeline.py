@@ -124,7 +124,7 @@ def _analyse(
     empty = Plan(
         inputs=(), sites=(), rows=(), outputs=(), batch=sympy.Integer(0), length=sympy.Integer(0),
         vocabulary=0, logits=0, key_block=config.key_block, block_summary=config.block_summary,
-        sink_tokens=config.sink_tokens, misses=tuple(matching.misses),
+        sink_tokens=config.sink_tokens, logits_rows=config.logits, misses=tuple(matching.misses),
     )  # fmt: skip
     if found is None:
         return replace(empty, refusals=(_NO_IDS,))

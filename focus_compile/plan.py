@@ -140,6 +140,8 @@ class Plan:
     key_block: int
     block_summary: str
     sink_tokens: int
+    logits_rows: str = "all"
+    """Which rows a refresh returns: "all", or "response"."""
     refusals: tuple[Refusal, ...] = ()
     misses: tuple[Refusal, ...] = ()
     operations: tuple[tuple[str, int], ...] = field(default=(), repr=False)
@@ -169,6 +171,7 @@ class Plan:
             "key_block": self.key_block,
             "block_summary": self.block_summary,
             "sink_tokens": self.sink_tokens,
+            "logits_rows": self.logits_rows,
             "inputs": [
                 {"position": item.position, "name": item.name, "role": item.role}
                 for item in self.inputs

@@ -14,7 +14,7 @@ from focus_compile.capture import Capture, capture
 from focus_compile.config import FocusConfig
 from focus_compile.pipeline import build_programs
 from focus_compile.plan import Plan
-from focus_compile.runtime.buckets import pack_rows
+from focus_compile.runtime.buckets import bucket_for, pack_rows
 from focus_compile.runtime.programs import Programs
 
 __all__ = ["TracedGraph", "aten_graph", "op_names", "rows_alone", "trace"]
@@ -91,9 +91,10 @@ def rows_alone(programs: Programs, args: Sequence[Any], active: Tensor) -> list[
     state = programs.allocate(args)
     with torch.no_grad():
         dense = programs.exact(*args)
-        programs.refresh(*args, *state)
-        packed = pack_rows(active, active, None)
         batch, length = active.shape
+        programs.refresh(*args, torch.arange(length).repeat(batch, 1), *state)
+        largest = int(active.sum(1).max())
+        packed = pack_rows(active, active, bucket_for(largest, None, length, "cpu"))
         blocks = torch.full((batch,), length // programs.plan.key_block)
         alone = programs.run_step(args, packed, blocks, blocks, state)
     sequences = torch.arange(batch)[:, None]

@@ -28,7 +28,8 @@ __all__ = ["Oracle", "Result"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The options of `FocusConfig`, with its defaults and meaning; the last four change nothing."""
+    """The options of `FocusConfig`, with its defaults and meaning; the last five change nothing;
+    "response" of `logits` is what the caller gets to see."""
 
     mask_token_id: int | None = None
     policy: str = "focus-dllm"
@@ -46,6 +47,8 @@ class Settings:
     strict: bool = False
     dryrun: bool = False
     lowering: str = "inductor"
+    cuda_graphs: bool = True
+    logits: str = "all"
 
 
 @dataclass
@@ -111,6 +114,12 @@ class Oracle:
         self.model = model
         self.settings = Settings(**settings)
         self.state: State | None = None
+
+    def rows_returned(self, program: str) -> int:
+        """The first row whose logits the caller gets; earlier ones are zero."""
+        if program == "exact" or self.settings.logits == "all" or self.state is None:
+            return 0
+        return max(0, min(self.state.response_start) - self.settings.window)
 
     @torch.no_grad()
     def call(self, ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Result:

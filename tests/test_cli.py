@@ -68,9 +68,7 @@ def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_fidelity_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[Any] = []
 
-    def run(
-        settings: fidelity.FidelitySettings, advance: Any
-    ) -> Iterator[fidelity.FidelityResult]:
+    def run(settings: fidelity.FidelitySettings, advance: Any) -> Iterator[fidelity.FidelityResult]:
         seen.append(settings)
         scores = {kind: fidelity.Score(3, 4, 0.75, None, None, 1.0) for kind in ("needle", "table")}
         done: dict[str, Any] = {}

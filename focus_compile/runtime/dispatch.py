@@ -16,16 +16,22 @@ from focus_compile.errors import SelfCheckError
 from focus_compile.fallback import refuse
 from focus_compile.kernels.confidence.op import confidence
 from focus_compile.plan import Plan
-from focus_compile.policies.base import Selection, StepView
 from focus_compile.policies.presets import policy_for
-from focus_compile.runtime.buckets import ActiveRows, pack_rows
-from focus_compile.runtime.guard import CallInputs, why_new_trajectory
+from focus_compile.runtime.buckets import bucket_for, pack_rows
+from focus_compile.runtime.device_graphs import DeviceGraphs
+from focus_compile.runtime.guard import (
+    CallInputs,
+    compare_inputs,
+    why_not_comparable,
+    why_not_continued,
+)
 from focus_compile.runtime.latest_rows import LatestRows
+from focus_compile.runtime.observe import Flags, observe
 from focus_compile.runtime.programs import Programs
 from focus_compile.runtime.record import StepRecord, active_history
 from focus_compile.runtime.self_check import check_plan
 from focus_compile.runtime.store import STORE, Slot
-from focus_compile.runtime.trajectory import Blocks, SeenWeights, Trajectory
+from focus_compile.runtime.trajectory import Blocks, Trajectory, current_stream
 
 __all__ = ["Dispatcher"]
 
@@ -35,6 +41,9 @@ _INFERENCE_WEIGHTS = (
     "the weights were made in torch.inference_mode(), which hides changes of them. "
     "Make or load the model outside it."
 )
+
+
+_NO_MASKS = "no mask token in the input"
 
 
 class Dispatcher:
@@ -50,6 +59,7 @@ class Dispatcher:
         self._original = captured.original
         self._inputs = [*plan.positions("guarded"), plan.ids.position]
         self._first_weight = plan.positions("weight")[0]
+        self._mask_token_id = -1 if config.mask_token_id is None else config.mask_token_id
         self._checked = False
         self._refused: str | None = None
 
@@ -69,35 +79,29 @@ class Dispatcher:
         return outputs
 
     def _run(self, args: Sequence[Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        why_exact = self._why_exact(args)
-        if why_exact is not None:
-            return self._exact(args, why_exact)
+        if self._refused is not None:
+            return self._exact(args, self._refused)
+        if self.policy is None:
+            return self._exact(args, 'policy="exact"')
         slot = STORE.slot(args[self._first_weight])
         if not slot.lock.acquire(blocking=False):
-            return self._exact(args, self._refuse("another thread is using the model's trajectory"))
+            return self._busy(args, "another thread is using the model's trajectory")
         try:
             held = slot.trajectory
             if held is not None and held.belongs_to_another_thread():
-                return self._exact(args, self._refuse("another thread owns the model's trajectory"))
+                return self._busy(args, "another thread owns the model's trajectory")
             return self._incremental(slot, args)
         finally:
             slot.lock.release()
 
-    def _why_exact(self, args: Sequence[Any]) -> str | None:
-        """Reasons that leave the trajectory alone."""
-        if self._refused is not None:
-            return self._refused
-        if self.policy is None:
-            return 'policy="exact"'
-        if not bool(self._masked(args[self.plan.ids.position]).any()):
-            return "no mask token in the input"
-        if any(args[at].is_inference() for at in self.plan.positions("weight")):
-            return self._refuse(_INFERENCE_WEIGHTS)
-        return None
+    def _busy(self, args: Sequence[Any], why: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """Exact because of another thread: worth a word only where masks are left to decode."""
+        if not self._any_masked(args):
+            return self._exact(args, _NO_MASKS)
+        return self._exact(args, self._refuse(why))
 
-    def _masked(self, ids: Tensor) -> Tensor:
-        assert self.config.mask_token_id is not None
-        return ids.eq(self.config.mask_token_id)
+    def _any_masked(self, args: Sequence[Any]) -> bool:
+        return bool(args[self.plan.ids.position].eq(self._mask_token_id).any())
 
     def _exact(self, args: Sequence[Any], why: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         ids = args[self.plan.ids.position]
@@ -110,149 +114,179 @@ class Dispatcher:
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """Refresh or step. The slot is empty while state is in flux, so nothing torn survives."""
         call = CallInputs.of(self.plan, args)
-        mask_token_id = self.config.mask_token_id
-        assert mask_token_id is not None
-        held, slot.trajectory = slot.trajectory, None
-        why = why_new_trajectory(held, self, call, mask_token_id)
-        if why is not None or held is None:
-            del held
-            trajectory = self._begin(args, call)
-            outputs, entry = self._refresh(trajectory, args, call, f"new trajectory: {why}")
-            if not self._checked:
-                self._check(trajectory, args, outputs)
-                self._checked = True
-                if self._refused is not None:
-                    return self._exact(args, self._refused)
-        else:
-            trajectory = held
-            outputs, entry = self._continue(trajectory, args, call)
-        slot.trajectory = trajectory
+        held, flags = slot.trajectory, None
+        why = why_not_comparable(held, self, call, current_stream(call.ids))
+        if why is None and held is not None:
+            flags = self._observe(held, call)
+            why = why_not_continued(held, call, flags)
+        if not (self._any_masked(args) if flags is None else flags.masked):
+            return self._exact(args, _NO_MASKS)
+        slot.trajectory = None
+        if why is None and held is not None and flags is not None:
+            outputs, entry = self._continue(held, args, flags)
+            slot.trajectory = held
+            return outputs, entry
+        refusal = self._why_cannot_begin(call)
+        if refusal is not None:
+            return self._exact(args, self._refuse(refusal))
+        blocks, first_row = self._place(call)
+        if held is not None and not (held.owner is self and held.fits(call, first_row)):
+            held = None
+        if held is None:
+            problem = self._why_no_room(call, first_row)
+            if problem is not None:
+                return self._exact(args, self._refuse(problem))
+            held = self._allocate(args, call, first_row)
+        held.begin(call, blocks, self.plan.key_block, self.config.keep_ratio)
+        outputs, entry = self._refresh(held, args, f"new trajectory: {why}")
+        if not self._checked:
+            self._check(held, args)
+            self._checked = True
+            if self._refused is not None:
+                return self._exact(args, self._refused)
+        slot.trajectory = held
         return outputs, entry
 
-    def _begin(self, args: Sequence[Any], call: CallInputs) -> Trajectory:
-        masked = self._masked(call.ids)
-        blocks = Blocks.of(masked, self.config.block_length)
-        candidates = blocks.response_start // self.plan.key_block
-        keep = (candidates.double() * self.config.keep_ratio).ceil().long()
-        return Trajectory(
-            owner=self,
-            ids=call.ids.clone(),
-            guarded=tuple(tensor.clone() for tensor in call.guarded),
-            numbers=call.numbers,
-            weights=SeenWeights(call.weights),
-            blocks=blocks,
-            candidates=candidates,
-            keep=torch.minimum(keep, candidates),
-            caches=self.programs.allocate(args),
+    def _observe(self, trajectory: Trajectory, call: CallInputs) -> Flags:
+        """Compare the call with the trajectory on its device; the one wait of a step."""
+        policy = self.policy
+        assert policy is not None
+        trajectory.incoming.copy_(call.ids)
+        compare_inputs(trajectory, call)
+        flags = trajectory.graphs.run(
+            "observe",
+            lambda: observe(trajectory, policy, self._mask_token_id, self.config.block_length),
         )
+        return Flags(*flags.tolist())
+
+    def _why_cannot_begin(self, call: CallInputs) -> str | None:
+        if any(weight.is_inference() for weight in call.weights):
+            return _INFERENCE_WEIGHTS
+        return None
+
+    def _place(self, call: CallInputs) -> tuple[Blocks, int]:
+        """Where the response's blocks lie, and the first row that a refresh must return."""
+        blocks = Blocks.of(call.ids.eq(self._mask_token_id), self.config.block_length)
+        if self.plan.logits_rows == "all":
+            return blocks, 0
+        return blocks, max(0, int(blocks.response_start.min()) - self.config.window)
+
+    def _why_no_room(self, call: CallInputs, first_row: int) -> str | None:
+        return self.programs.memory_plan(call.ids, first_row).why_no_room(call.ids.device)
+
+    def _allocate(self, args: Sequence[Any], call: CallInputs, first_row: int) -> Trajectory:
+        graphs = DeviceGraphs(self.config.cuda_graphs and call.ids.is_cuda, self._refuse)
+        caches = self.programs.allocate(args)
+        with torch.inference_mode(False):
+            return Trajectory.allocate(self, call, first_row, caches, graphs)
 
     def _continue(
-        self, trajectory: Trajectory, args: Sequence[Any], call: CallInputs
+        self, trajectory: Trajectory, args: Sequence[Any], flags: Flags
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        masked = self._masked(call.ids)
-        changed = trajectory.ids != call.ids
-        recall = _recall(changed, trajectory.predicted)
-        block = trajectory.blocks.current(masked)
-        trajectory.ids.copy_(call.ids)
-        why = self._why_refresh(trajectory, block)
+        recall = None
+        if trajectory.steps_since_refresh and flags.decided:
+            recall = flags.predicted / flags.decided
+        why = self._why_refresh(trajectory, flags)
         if why is not None:
-            outputs, entry = self._refresh(trajectory, args, call, why)
-            return outputs, entry | {"recall": recall}
-        view = StepView(
-            masked=masked,
-            changed=changed,
-            confidence=trajectory.confidence,
-            block=block,
-            block_start=trajectory.blocks.start_of(block),
-            block_length=self.config.block_length,
-        )
-        outputs, entry = self._step(trajectory, args, self._select(view))
+            outputs, entry = self._refresh(trajectory, args, why)
+        else:
+            outputs, entry = self._step(trajectory, args, flags)
         return outputs, entry | {"recall": recall}
 
-    def _why_refresh(self, trajectory: Trajectory, block: Tensor) -> str | None:
+    def _why_refresh(self, trajectory: Trajectory, flags: Flags) -> str | None:
         refresh = self.config.refresh
         if refresh == "every-step":
             return "every step"
         if refresh == "block":
-            entered = (block != trajectory.refreshed_at) & (block >= 0)
-            return "block entry" if bool(entered.any()) else None
-        due = trajectory.calls_since_refresh + 1 >= int(refresh)
+            return "block entry" if flags.entered else None
+        due = trajectory.steps_since_refresh + 1 >= int(refresh)
         return f"every {refresh} calls" if due else None
 
-    def _select(self, view: StepView) -> Selection:
-        """The policy's rows, plus those whose token changed; at least one row per sequence."""
-        assert self.policy is not None
-        selection = self.policy.select(view)
-        active = selection.active | view.changed
-        idle = ~active.any(1)
-        active[:, -1] |= idle
-        return Selection(active, selection.focus)
-
     def _refresh(
-        self, trajectory: Trajectory, args: Sequence[Any], call: CallInputs, why: str
+        self, trajectory: Trajectory, args: Sequence[Any], why: str
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        outputs = self.programs.refresh(*args, *trajectory.caches)
-        masked = self._masked(call.ids)
-        logits = outputs[self.plan.logits]
-        trajectory.confidence = torch.zeros(call.ids.shape, device=call.ids.device)
-        trajectory.confidence[masked] = confidence(logits[masked])[0]
-        if trajectory.outputs:
-            pairs = zip(trajectory.outputs, outputs, strict=True)
-            outputs = tuple(latest.replace(output) for latest, output in pairs)
+        t = trajectory
+        outputs = self.programs.refresh(*args, t.rows, *t.caches)
+        t.ids.copy_(t.incoming)
+        masked = t.ids.eq(self._mask_token_id)
+        first = int(t.blocks.response_start.min())
+        probability, _ = confidence(outputs[self.plan.logits][:, first - t.first_row :])
+        t.confidence.zero_()
+        t.confidence[:, first:] = probability
+        t.confidence.masked_fill_(~masked, 0.0)
+        if t.outputs:
+            for latest, values in zip(t.outputs, outputs, strict=True):
+                latest.replace(values)
         else:
-            trajectory.outputs = [LatestRows(output) for output in outputs]
-            pairs = zip(trajectory.outputs, outputs, strict=True)
-            outputs = tuple(latest.lend(output) for latest, output in pairs)
-        trajectory.refreshed_at = trajectory.blocks.current(masked)
-        trajectory.calls_since_refresh = 0
-        trajectory.predicted = None
-        keys = self._keys_read(call.ids.shape[1], None)
-        entry = {"program": "refresh", "why": why, "rows": call.ids.numel(), "keys": keys}
-        return outputs, entry
+            t.outputs = [LatestRows(values, t.first_row) for values in outputs]
+        pairs = zip(t.outputs, outputs, strict=True)
+        returned = tuple(
+            latest.hand_out() if t.first_row else latest.lend(values) for latest, values in pairs
+        )
+        t.refreshed_at.copy_(t.blocks.current(masked))
+        t.predicted.zero_()
+        t.steps_since_refresh = 0
+        keys = self._keys_read(t.ids.shape[1], None)
+        entry = {"program": "refresh", "why": why, "rows": t.ids.numel(), "keys": keys}
+        return returned, entry
 
     def _step(
-        self, trajectory: Trajectory, args: Sequence[Any], selection: Selection
+        self, trajectory: Trajectory, args: Sequence[Any], flags: Flags
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        active = pack_rows(selection.active, selection.focus, self.config.buckets)
-        computed = self.programs.run_step(
-            args, active, trajectory.candidates, trajectory.keep, trajectory.caches
-        )
-        probability, _ = confidence(computed[self.plan.logits])
-        trajectory.confidence.scatter_(1, active.rows, probability)
-        outputs = tuple(
-            latest.update(active.rows, values)
-            for latest, values in zip(trajectory.outputs, computed, strict=False)
-        )
-        trajectory.calls_since_refresh += 1
-        trajectory.predicted = selection.focus
-        return outputs, self._step_entry(trajectory, active)
-
-    def _step_entry(self, trajectory: Trajectory, active: ActiveRows) -> dict[str, Any]:
-        return {
+        t = trajectory
+        bucket = bucket_for(flags.largest, self.config.buckets, t.ids.shape[1], t.ids.device.type)
+        rows = t.graphs.run(("step", bucket), lambda: self._advance(t, args, bucket))
+        if t.graphs.captured:
+            rows = rows.clone()  # the next replay overwrites it
+        for latest in t.outputs:
+            latest.missed(rows)
+        outputs = tuple(latest.hand_out() for latest in t.outputs)
+        t.steps_since_refresh += 1
+        entry = {
             "program": "step",
             "why": "continues the trajectory",
-            "rows": active.count,
-            "bucket": active.rows.shape[1],
-            "keys": self._keys_read(trajectory.ids.shape[1], trajectory),
+            "rows": flags.rows,
+            "bucket": bucket,
+            "keys": self._keys_read(t.ids.shape[1], t),
         }
+        return outputs, entry
+
+    def _advance(self, trajectory: Trajectory, args: Sequence[Any], bucket: int) -> Tensor:
+        """The device's part of a step; returns the rows computed, int64 [batch, bucket]."""
+        t = trajectory
+        t.ids.copy_(t.incoming)
+        packed = pack_rows(t.active, t.focus, bucket)
+        computed = self.programs.run_step(
+            self._own_inputs(t, args), packed, t.candidates, t.keep, t.caches
+        )
+        probability, _ = confidence(computed[self.plan.logits])
+        t.confidence.scatter_(1, packed.rows, probability)
+        for latest, values in zip(t.outputs, computed, strict=False):
+            latest.write(packed.rows, values)
+        t.predicted.copy_(t.focus)
+        return packed.rows
+
+    def _own_inputs(self, trajectory: Trajectory, args: Sequence[Any]) -> list[Any]:
+        """The call's inputs with the trajectory's equal tensors, which stay where they are."""
+        own = list(args)
+        own[self.plan.ids.position] = trajectory.ids
+        for at, tensor in zip(self.plan.positions("guarded"), trajectory.guarded, strict=True):
+            own[at] = tensor
+        return own
 
     def _keys_read(self, length: int, trajectory: Trajectory | None) -> dict[str, int]:
         """Keys that each layer of a region reads, for sequence 0; all of them outside a step."""
         keys = dict.fromkeys((site.region for site in self.plan.sites), length)
         if trajectory is not None and "sparse-suffix" in keys:
             block = self.plan.key_block
-            candidates, kept = int(trajectory.candidates[0]), int(trajectory.keep[0])
+            candidates, kept = trajectory.prompt_blocks
             sinks = min(self.plan.sink_tokens, (candidates - kept) * block)
             keys["sparse-suffix"] = length - (candidates - kept) * block + sinks
         return keys
 
-    def _check(
-        self, trajectory: Trajectory, args: Sequence[Any], outputs: tuple[Tensor, ...]
-    ) -> None:
+    def _check(self, trajectory: Trajectory, args: Sequence[Any]) -> None:
         """Compare the first run with the model; a plan that fails is never used."""
-        problem = check_plan(
-            self.programs, self._original, args, outputs, trajectory, self.config.buckets
-        )
+        problem = check_plan(self.programs, self._original, args, trajectory, self.config.buckets)
         if problem is None:
             return
         message = f"the plan failed its first-run check: {problem}"
@@ -262,10 +296,3 @@ class Dispatcher:
 
     def _refuse(self, reason: str) -> str:
         return refuse(reason, strict=self.config.strict)
-
-
-def _recall(changed: Tensor, predicted: Tensor | None) -> float | None:
-    decided = int(changed.sum())
-    if predicted is None or decided == 0:
-        return None
-    return int((changed & predicted).sum()) / decided

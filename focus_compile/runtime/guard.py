@@ -1,18 +1,25 @@
-"""The guard: proves on every call that it continues the trajectory, or says why not."""
+"""The guard: proves on every call that it continues the trajectory, or says why not.
+
+What the host knows is checked here; what lies on the device is compared there (`observe`) and read
+with the call's other flags.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from focus_compile.plan import Plan
-from focus_compile.runtime.trajectory import Trajectory, masks_became_tokens
 
-__all__ = ["CallInputs", "why_new_trajectory"]
+if TYPE_CHECKING:
+    from focus_compile.runtime.observe import Flags
+    from focus_compile.runtime.trajectory import Trajectory
+
+__all__ = ["CallInputs", "compare_inputs", "why_not_comparable", "why_not_continued"]
 
 
 @dataclass(frozen=True)
@@ -32,23 +39,42 @@ class CallInputs:
         return cls(args[plan.ids.position], guarded, numbers, weights)
 
 
-def why_new_trajectory(
-    trajectory: Trajectory | None, owner: object, call: CallInputs, mask_token_id: int
+def why_not_comparable(
+    trajectory: Trajectory | None, owner: object, call: CallInputs, stream: int
 ) -> str | None:
-    """None where the call continues the trajectory, else what broke it."""
+    """None where the call has the trajectory's shapes, else what broke it."""
     if trajectory is None:
         return "first call"
     if trajectory.owner is not owner:
         return "another compiled graph ran this model"
-    if not trajectory.weights.are(call.weights):
-        return "the weights changed"
     if trajectory.ids.shape != call.ids.shape or trajectory.ids.device != call.ids.device:
         return "the shape of the ids changed"
-    if trajectory.numbers != call.numbers:
+    if trajectory.stream != stream:
+        return "the CUDA stream changed"
+    shapes = [(mine.shape, given.shape) for mine, given in _guarded(trajectory, call)]
+    if trajectory.numbers != call.numbers or any(mine != given for mine, given in shapes):
         return "another input changed"
-    for before, after in zip(trajectory.guarded, call.guarded, strict=True):
-        if before.shape != after.shape or not torch.equal(before, after):
-            return "another input changed"
-    if not masks_became_tokens(trajectory.ids, call.ids, mask_token_id):
+    return None
+
+
+def compare_inputs(trajectory: Trajectory, call: CallInputs) -> None:
+    """Note on the device whether the guarded inputs are those of the trajectory."""
+    if call.guarded:
+        trajectory.same_inputs.fill_(True)
+    for mine, given in _guarded(trajectory, call):
+        trajectory.same_inputs.logical_and_(torch.eq(mine, given).all())
+
+
+def why_not_continued(trajectory: Trajectory, call: CallInputs, flags: Flags) -> str | None:
+    """None where a comparable call continues the trajectory, else what broke it."""
+    if not trajectory.weights.are(call.weights):
+        return "the weights changed"
+    if not flags.same_inputs:
+        return "another input changed"
+    if not flags.decoded_only:
         return "ids changed other than from mask to token"
     return None
+
+
+def _guarded(trajectory: Trajectory, call: CallInputs) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(trajectory.guarded, call.guarded, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,15 @@ from focus_compile.capture import Capture
 from focus_compile.config import FocusConfig
 from focus_compile.lowering.program import InputSpec, Program
 from focus_compile.passes.graph_tools import size_expression
+from focus_compile.passes.refresh_program import REFRESH_INPUTS
+from focus_compile.passes.row_builder import cache_names
 from focus_compile.passes.row_values import ACTIVE
-from focus_compile.passes.step_program import STEP_INPUTS, cache_names
+from focus_compile.passes.step_program import STEP_INPUTS
 from focus_compile.pipeline import ProgramGraphs
 from focus_compile.plan import Plan, Site
 from focus_compile.runtime.buckets import ActiveRows
+from focus_compile.runtime.latest_rows import MOST_COPIES
+from focus_compile.runtime.memory_plan import MemoryPlan
 
 __all__ = ["Programs", "state_shapes"]
 
@@ -44,7 +49,7 @@ def state_shapes(plan: Plan) -> dict[str, tuple[sympy.Expr, ...]]:
 
 @dataclass
 class Programs:
-    """exact(*inputs), refresh(*inputs, *state) and step(*inputs, *step inputs, *state)."""
+    """exact(*inputs), refresh(*inputs, rows, *state) and step(*inputs, *step inputs, *state)."""
 
     plan: Plan
     exact: Program
@@ -62,31 +67,48 @@ class Programs:
         state = [InputSpec(name, shape, static=True) for name, shape in state_shapes(plan).items()]
         per_row = (plan.batch, ACTIVE)
         shapes = dict.fromkeys(("rows", "row_weight", "focus_weight"), per_row)
+        refresh = [InputSpec(name, shapes[name]) for name in REFRESH_INPUTS]
         step = [InputSpec(name, shapes.get(name, (plan.batch,))) for name in STEP_INPUTS]
         lowering = config.lowering
         return cls(
             plan,
             Program("exact", captured.original, inputs, lowering),
-            Program("refresh", graphs.refresh, [*inputs, *state], lowering),
+            Program("refresh", graphs.refresh, [*inputs, *refresh, *state], lowering),
             Program("step", graphs.step, [*inputs, *step, *state], lowering),
         )
 
     def allocate(self, args: Sequence[Any]) -> list[Tensor]:
         """State tensors for inputs of these sizes, uninitialised."""
         ids = args[self.plan.ids.position]
-        sizes = {self.plan.batch: ids.shape[0], self.plan.length: ids.shape[1]}
-        dtypes = {}
-        for site in self.plan.sites:
-            dtype = getattr(torch, site.dtype)
-            for what in ("key_cache", "value_cache", "summaries"):
-                dtypes[f"{what}_{site.index}"] = dtype
         with torch.inference_mode(False), torch.no_grad():
             return [
-                torch.empty(
-                    [int(size.subs(sizes)) for size in shape], dtype=dtypes[name], device=ids.device
-                )
-                for name, shape in state_shapes(self.plan).items()
+                torch.empty(shape, dtype=dtype, device=ids.device)
+                for shape, dtype in self._state(ids).values()
             ]
+
+    def memory_plan(self, ids: Tensor, first_row: int) -> MemoryPlan:
+        """What a trajectory with these ids will take; `first_row`: first row of the logits kept."""
+        sizes = {"key_cache": 0, "value_cache": 0, "summaries": 0}
+        for name, (shape, dtype) in self._state(ids).items():
+            sizes[name.rpartition("_")[0]] += math.prod(shape) * dtype.itemsize
+        batch, length = ids.shape
+        row = batch * self.plan.vocabulary * getattr(torch, self.plan.sites[0].dtype).itemsize
+        copies = MOST_COPIES * length
+        return MemoryPlan(
+            kv=sizes["key_cache"] + sizes["value_cache"],
+            summaries=sizes["summaries"],
+            logits=row * (length - first_row + copies),
+            all_logits=first_row == 0,
+        )
+
+    def _state(self, ids: Tensor) -> dict[str, tuple[list[int], torch.dtype]]:
+        """Shape and dtype of every state tensor for ids of this size."""
+        sizes = {self.plan.batch: ids.shape[0], self.plan.length: ids.shape[1]}
+        dtypes = {site.index: getattr(torch, site.dtype) for site in self.plan.sites}
+        return {
+            name: ([int(size.subs(sizes)) for size in shape], dtypes[int(name.rpartition("_")[2])])
+            for name, shape in state_shapes(self.plan).items()
+        }
 
     def run_step(
         self,

@@ -109,7 +109,7 @@ def _mask(
 def key_sets(draw: st.DrawFn, problem: Problem) -> tuple[Tensor, Tensor, Tensor, int]:
     """(blocks [B, NB], sinks [B, any], candidates [B], key_block): any subset of any prompt.
 
-    Blocks may be unordered with padding between, sinks may repeat or lie in blocks and in the tail.
+    Blocks may be unordered; sinks may repeat, lie in blocks or in the tail, with padding between.
     """
     batch, length = problem.k.shape[0], problem.k.shape[2]
     key_block = draw(st.integers(1, 12))
@@ -120,8 +120,7 @@ def key_sets(draw: st.DrawFn, problem: Problem) -> tuple[Tensor, Tensor, Tensor,
     sinks = torch.full((batch, count), -1)
     for b, limit in enumerate(candidates):
         kept = draw(st.permutations(range(limit)))[: draw(st.integers(0, limit))]
-        places = draw(st.permutations(range(total)))[: len(kept)]
-        blocks[b, places] = torch.tensor(kept, dtype=torch.int64)
+        blocks[b, : len(kept)] = torch.tensor(kept, dtype=torch.int64)
         for place in range(count):
             sinks[b, place] = draw(st.integers(-1, length - 1))
     return blocks, sinks, torch.tensor(candidates), key_block

@@ -1,4 +1,4 @@
-"""`attention`: fast against reference, reference against the written-out sum, masks and laws."""
+"""The attention ops: fast against reference, that against the written-out sum, masks and laws."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from focus_compile.kernels.attention import cpu, reference
-from focus_compile.kernels.attention.op import attention
+from focus_compile.kernels.attention.op import attention, attention_with_lse
 from tests.kernels.strategies import Problem, assert_as_accurate, fuzzed, plain_attention, problems
 
 
@@ -74,6 +74,37 @@ def test_a_row_without_keys_gives_zeros(
 def test_no_rows() -> None:
     q, k = torch.randn(2, 4, 0, 8), torch.randn(2, 2, 9, 8)
     assert attention(q, k, k, None, 1.0).shape == (2, 4, 0, 8)
+    assert attention_with_lse(q, k, k, None, 1.0)[1].shape == (2, 4, 0)
+
+
+@fuzzed
+@given(problems(dtypes=(torch.float32, torch.bfloat16, torch.float64)))
+def test_lse_is_the_logarithm_of_the_normaliser(problem: Problem) -> None:
+    out, lse = attention_with_lse(problem.q, problem.k, problem.v, problem.mask, problem.scale)
+    assert out.is_contiguous()
+    assert lse.is_contiguous()
+    assert_as_accurate(out, exact(problem), plain_attention(problem), problem.v)
+    torch.testing.assert_close(lse, normaliser(problem).float(), rtol=1e-5, atol=1e-5)
+    twin = problem.double()
+    _, slow = reference.attention_with_lse(twin.q, twin.k, twin.v, twin.mask, twin.scale)
+    torch.testing.assert_close(slow, normaliser(problem).float())
+
+
+def normaliser(problem: Problem) -> torch.Tensor:
+    """log of the sum of exp of the masked logits, in float64, [B, H, R]."""
+    twin = problem.double()
+    of_head = torch.arange(twin.q.shape[1]) // (twin.q.shape[1] // twin.k.shape[1])
+    logits = torch.einsum("bhrd,bhtd->bhrt", twin.q * twin.scale, twin.k[:, of_head])
+    if twin.mask is not None and twin.mask.dtype == torch.bool:
+        return (logits.exp() * twin.mask).sum(-1).log()
+    return (logits + (0 if twin.mask is None else twin.mask)).exp().sum(-1).log()
+
+
+def test_lse_makes_few_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = torch.randn(1, 2, 7, 8), torch.randn(1, 1, 50, 8)
+    whole = cpu.attention_with_lse(q, k, k, None, 0.3)[1]
+    monkeypatch.setattr(cpu, "LOGIT_BYTES", 3 * 50 * 4)
+    torch.testing.assert_close(cpu.attention_with_lse(q, k, k, None, 0.3)[1], whole)
 
 
 def test_large_logits_do_not_overflow() -> None:

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from focus_compile.kernels.attention.op import attention
+from focus_compile.kernels.attention.op import attention, attention_with_lse
 from focus_compile.kernels.block_selection.op import select_blocks
 from focus_compile.kernels.block_summaries.op import block_summaries
 from focus_compile.kernels.confidence.op import confidence
@@ -21,6 +21,7 @@ from focus_compile.kernels.sparse_attention.op import sparse_attention
 
 PUBLIC = {
     "attention": attention,
+    "attention_with_lse": attention_with_lse,
     "block_summaries": block_summaries,
     "select_blocks": select_blocks,
     "capture_sinks": capture_sinks,
@@ -47,6 +48,7 @@ def arguments(name: str, rows: int = 5, length: int = 23, masked: bool = True) -
     weight = normal(2, rows).abs()
     return {
         "attention": (q, k, v, mask, 0.3),
+        "attention_with_lse": (q, k, v, mask, 0.3),
         "block_summaries": (k, 4, "bound"),
         "select_blocks": (q, weight, normal(2, 2, total, 8), candidates, keep),
         "capture_sinks": (q, k, weight, mask, candidates * 4, 3, 0.3),

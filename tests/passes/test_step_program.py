@@ -10,7 +10,8 @@ import torch
 
 from focus_compile.errors import PassError
 from focus_compile.passes.refresh_program import BuildRefresh
-from focus_compile.passes.step_program import STEP_INPUTS, BuildStep, cache_names
+from focus_compile.passes.row_builder import cache_names
+from focus_compile.passes.step_program import STEP_INPUTS, BuildStep
 from focus_compile.plan import Plan
 from tests.graphs import TracedGraph, op_names, trace
 from tests.models import ModelSpec, build

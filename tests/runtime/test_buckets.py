@@ -19,29 +19,33 @@ ladders = st.none() | st.sets(st.integers(2, 40), min_size=1, max_size=4).map(
 @quick
 @given(rows=st.integers(1, 5000), ladder=ladders)
 def test_a_bucket_holds_the_rows(rows: int, ladder: tuple[int, ...] | None) -> None:
-    bucket = bucket_for(rows, ladder)
+    bucket = bucket_for(rows, ladder, 10**6, "cpu")
     assert bucket >= rows
     assert bucket <= max(8, 2 * rows) or ladder is not None
-    assert bucket_for(bucket, ladder) == bucket
+    assert bucket_for(bucket, ladder, 10**6, "cpu") == bucket
+    assert bucket_for(rows, ladder, rows, "cpu") == max(2, rows)
 
 
 @quick
 @given(ladder=ladders)
 def test_larger_counts_never_get_smaller_buckets(ladder: tuple[int, ...] | None) -> None:
-    buckets = [bucket_for(rows, ladder) for rows in range(1, 600)]
+    buckets = [bucket_for(rows, ladder, 10**6, "cpu") for rows in range(1, 600)]
     assert buckets == sorted(buckets)
     assert len(set(buckets)) < 320
 
 
 @pytest.mark.parametrize(
-    ("rows", "ladder", "bucket"),
+    ("rows", "ladder", "bucket", "device"),
     [
-        (1, None, 8), (8, None, 8), (9, None, 16), (64, None, 64), (65, None, 96),
-        (256, None, 256), (257, None, 512), (3, (4, 10), 4), (10, (4, 10), 10), (11, (4, 10), 20),
+        (1, None, 8, "cpu"), (8, None, 8, "cpu"), (9, None, 16, "cpu"), (64, None, 64, "cpu"),
+        (65, None, 96, "cpu"), (256, None, 256, "cpu"), (257, None, 512, "cpu"),
+        (3, (4, 10), 4, "cpu"), (10, (4, 10), 10, "cpu"), (11, (4, 10), 20, "cpu"),
+        (1, None, 32, "cuda"), (65, None, 96, "cuda"), (129, None, 192, "cuda"),
+        (257, None, 512, "cuda"),
     ],
 )  # fmt: skip
-def test_ladders(rows: int, ladder: tuple[int, ...] | None, bucket: int) -> None:
-    assert bucket_for(rows, ladder) == bucket
+def test_ladders(rows: int, ladder: tuple[int, ...] | None, bucket: int, device: str) -> None:
+    assert bucket_for(rows, ladder, 4096, device) == bucket
 
 
 @st.composite
@@ -62,10 +66,10 @@ def test_packing_keeps_the_sets(
     sets: tuple[Tensor, Tensor], ladder: tuple[int, ...] | None
 ) -> None:
     active, focus = sets
-    packed = pack_rows(active, focus, ladder)
+    bucket = bucket_for(int(active.sum(1).max()), ladder, active.shape[1], "cpu")
+    packed = pack_rows(active, focus, bucket)
     assert packed.rows.shape == packed.row_weight.shape == packed.focus_weight.shape
     assert 2 <= packed.rows.shape[1] <= max(2, active.shape[1])
-    assert packed.count == int(active.sum())
     for b, rows in enumerate(packed.rows):
         counted = rows[packed.row_weight[b] > 0].tolist()
         assert counted == active[b].nonzero()[:, 0].tolist()
@@ -78,6 +82,6 @@ def test_packing_keeps_the_sets(
 def test_one_token_is_padded_to_two_rows() -> None:
     """A size of one would be specialised by the compiler."""
     one = torch.ones(1, 1, dtype=torch.bool)
-    packed = pack_rows(one, one, None)
+    packed = pack_rows(one, one, bucket_for(1, None, 1, "cpu"))
     assert packed.rows.tolist() == [[0, 0]]
     assert packed.row_weight.tolist() == packed.focus_weight.tolist() == [[1.0, 0.0]]

@@ -36,7 +36,7 @@ class FailsOnce:
 
 @pytest.mark.parametrize("error", [RuntimeError("injected"), KeyboardInterrupt()])
 @pytest.mark.parametrize(
-    ("owner", "method"), [(Programs, "run_step"), (Program, "__call__"), (LatestRows, "update")]
+    ("owner", "method"), [(Programs, "run_step"), (Program, "__call__"), (LatestRows, "write")]
 )
 def test_a_step_that_fails(
     monkeypatch: pytest.MonkeyPatch, error: BaseException, owner: Any, method: str
@@ -103,7 +103,7 @@ def test_out_of_memory_keeps_torchs_own_error(monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patch:
         patch.setattr(Programs, "allocate", allocate)
         with pytest.raises(RuntimeError, match=r"allocate memory|out of memory"):
-            run_call(focus, prompt(seed=1))
+            run_call(focus, prompt(seed=1, length=16))
     assert STORE.nbytes == 0
     logits, record = run_call(focus, ids)
     assert record.program == "refresh"

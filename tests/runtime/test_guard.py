@@ -10,32 +10,47 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from focus_compile.runtime.guard import CallInputs, why_new_trajectory
-from focus_compile.runtime.trajectory import Blocks, SeenWeights, Trajectory, masks_became_tokens
+from focus_compile.policies.focus_dllm import FocusDllm
+from focus_compile.runtime.device_graphs import DeviceGraphs
+from focus_compile.runtime.guard import (
+    CallInputs,
+    compare_inputs,
+    why_not_comparable,
+    why_not_continued,
+)
+from focus_compile.runtime.observe import Flags, observe
+from focus_compile.runtime.trajectory import Blocks, Trajectory
 from tests.runtime.tiny import MASK, prompt
 
 OWNER = object()
 
 
+def call_of(ids: Tensor, weights: Any, guarded: Any, numbers: Any) -> CallInputs:
+    return CallInputs(ids, tuple(guarded), tuple(numbers), tuple(weights))
+
+
 def trajectory_of(ids: Tensor, *, weights: Any = (), guarded: Any = (), numbers: Any = ()) -> Any:
     """A trajectory whose last call had these inputs."""
-    none = torch.zeros(ids.shape[0], dtype=torch.int64)
-    return Trajectory(
-        owner=OWNER,
-        ids=ids.clone(),
-        guarded=tuple(guarded),
-        numbers=tuple(numbers),
-        weights=SeenWeights(weights),
-        blocks=Blocks.of(ids == MASK, 4),
-        candidates=none,
-        keep=none,
-        caches=[torch.zeros(8)],
-    )
+    call = call_of(ids, weights, guarded, numbers)
+    graphs = DeviceGraphs(False, pytest.fail)
+    held = Trajectory.allocate(OWNER, call, 0, [torch.zeros(8)], graphs)
+    held.begin(call, Blocks.of(ids == MASK, 4), 4, 0.5)
+    held.ids.copy_(held.incoming)
+    return held
+
+
+def flags_of(held: Any, ids: Tensor) -> Flags:
+    held.incoming.copy_(ids)
+    return Flags(*observe(held, FocusDllm(2, 3), MASK, 4).tolist())
 
 
 def why(held: Any, ids: Tensor, *, weights: Any = (), guarded: Any = (), numbers: Any = ()) -> Any:
-    call = CallInputs(ids, tuple(guarded), tuple(numbers), tuple(weights))
-    return why_new_trajectory(held, OWNER, call, MASK)
+    call = call_of(ids, weights, guarded, numbers)
+    reason = why_not_comparable(held, OWNER, call, 0)
+    if reason is not None:
+        return reason
+    compare_inputs(held, call)
+    return why_not_continued(held, call, flags_of(held, ids))
 
 
 def test_decoding_continues() -> None:
@@ -81,6 +96,7 @@ def test_other_inputs() -> None:
     for guarded in (changed, mask[:, :11], mask[None]):
         assert why(held, ids, guarded=[guarded], numbers=[3]) == "another input changed"
     assert why(held, ids, guarded=[mask], numbers=[4]) == "another input changed"
+    assert why(held, ids, guarded=[mask], numbers=[3]) is None
 
 
 def write(weight: Tensor) -> None:
@@ -143,4 +159,7 @@ def test_masks_became_tokens_by_element(data: st.DataObject, batch: int, length:
     before, after = data.draw(values), data.draw(values)
     expected = all(a == b or b == MASK for a, b in zip(after, before, strict=True))
     tensors = [torch.tensor(values).view(batch, length) for values in (before, after)]
-    assert masks_became_tokens(*tensors, MASK) == expected
+    flags = flags_of(trajectory_of(tensors[0]), tensors[1])
+    assert flags.decoded_only == expected
+    assert flags.masked == (MASK in after)
+    assert flags.decided == sum(a != b for a, b in zip(after, before, strict=True))

@@ -34,13 +34,50 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     return out
 
 
+def attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`attention`, and the logarithm of its normaliser.
+
+    lse[b, h, r] = log sum_t exp(scale * q[b, h, r] . k[b, h // g, t] + mask[b, h, r, t])
+
+    With it another pass over some keys yields their attention weights, exp(logit - lse), without
+    reading all keys again.
+
+    Args and raises: as `attention`.
+
+    Returns:
+        out: [B, H, R, d], dtype of q, contiguous.
+        lse: [B, H, R] float32, contiguous; -inf for a row with no key left.
+    """
+    check_attention_inputs("attention_with_lse", q, k, v, mask)
+    out, lse = _LSE_OP(q, k, v, mask, scale)
+    return out, lse
+
+
 def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     check_attention_inputs("attention", q, k, v, mask)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def _lse_fake(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    check_attention_inputs("attention_with_lse", q, k, v, mask)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 
 
 _OP = define_op(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor",
     folder="attention",
     fake=_fake,
+    kernel=True,
+)
+_LSE_OP = define_op(
+    "attention_with_lse(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale)"
+    " -> (Tensor, Tensor)",
+    folder="attention",
+    fake=_lse_fake,
+    kernel=True,
 )

@@ -75,4 +75,5 @@ _OP = define_op(
     " -> Tensor",
     folder="block_selection",
     fake=_fake,
+    kernel=True,
 )

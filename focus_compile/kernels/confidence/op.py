@@ -48,4 +48,5 @@ _OP = define_op(
     "confidence(Tensor logits) -> (Tensor probability, Tensor token)",
     folder="confidence",
     fake=_fake,
+    kernel=True,
 )

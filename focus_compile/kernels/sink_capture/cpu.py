@@ -11,6 +11,7 @@ _CHUNK_ELEMENTS = 1 << 22  # of probabilities: 16 MiB in float32
 def capture_sinks(
     q: Tensor,
     k: Tensor,
+    lse: Tensor,
     weight: Tensor,
     mask: Tensor | None,
     limit: Tensor,
@@ -23,7 +24,7 @@ def capture_sinks(
         mask = mask.expand(*q.shape[:3], k.shape[2])
     for b, end in enumerate(limit.tolist()):
         received = attention_received(
-            q[b], k[b], weight[b], None if mask is None else mask[b], scale
+            q[b], k[b], lse[b], weight[b], None if mask is None else mask[b], scale
         )
         chosen = highest(received[:end], count)
         sinks[b, : chosen.shape[0]] = chosen
@@ -31,7 +32,7 @@ def capture_sinks(
 
 
 def attention_received(
-    q: Tensor, k: Tensor, weight: Tensor, mask: Tensor | None, scale: float
+    q: Tensor, k: Tensor, lse: Tensor, weight: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
     """Attention received by every position of one sequence, summed over heads and rows, [T].
 
@@ -43,6 +44,8 @@ def attention_received(
     group = heads // kv_heads
     precise = torch.promote_types(q.dtype, torch.float32)
     queries = (q.to(precise) * scale).reshape(kv_heads, group * rows, width)
+    lse = lse.to(precise).reshape(kv_heads, 1, group * rows)
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # of no key: probabilities of 0
     if mask is not None:
         mask = mask.unflatten(0, (kv_heads, group)).permute(0, 3, 1, 2)  # [Hkv, T, g, R]
     received = torch.zeros(length, dtype=precise, device=q.device)
@@ -52,10 +55,8 @@ def attention_received(
         logits = k[part].to(precise) @ queries[part].mT  # [heads, T, g * R]
         if mask is not None:
             logits = _masked(logits.unflatten(2, (group, rows)), mask[part]).flatten(2)
-        highest_logit = logits.amax(1, keepdim=True).clamp_min(torch.finfo(precise).min)
-        weights = logits.sub_(highest_logit).exp_()
-        norm = weights.sum(1, keepdim=True).clamp_min(torch.finfo(precise).tiny)
-        for of_head in weights.mul_(weight.repeat(group) / norm).sum(2):
+        probability = logits.sub_(lse[part]).exp_()
+        for of_head in probability.mul_(weight.repeat(group)).sum(2):
             received += of_head
     return received
 

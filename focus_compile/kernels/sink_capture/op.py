@@ -15,6 +15,7 @@ from focus_compile.kernels.library import (
 def capture_sinks(
     q: Tensor,
     k: Tensor,
+    lse: Tensor,
     weight: Tensor,
     mask: Tensor | None,
     limit: Tensor,
@@ -24,19 +25,22 @@ def capture_sinks(
     """Pick, for each sequence, the `count` positions of highest mean attention.
 
     S[b, t] = sum_r weight[b, r] * sum_h p[b, h, r, t] / (H * sum_r weight[b, r])
-    p[b, h, r] = softmax over all T keys of scale * q[b, h, r] . k[b, h // g, t] + mask[b, h, r, t]
+    p[b, h, r, t] = exp(scale * q[b, h, r] . k[b, h // g, t] + mask[b, h, r, t] - lse[b, h, r])
 
-    Only positions t < limit[b] qualify; of equal ones the lowest first. Focus-dLLM (arXiv
-    2602.02159) finds the sinks in one layer of every step, S_j = (1/H) sum_h softmax_j(Q_active^h .
-    K_j^h / sqrt(d)), and every sparse layer after it keeps them; the reduction over active rows and
-    the number of sinks are not published.
+    lse is that of the layer's attention (`attention_with_lse`), so p are its probabilities, and one
+    pass over the keys will do. Only positions t < limit[b] qualify; of equal ones the lowest first.
+
+    Focus-dLLM (arXiv 2602.02159) finds the sinks in one layer of every step, S_j = (1/H) sum_h
+    softmax_j(Q_active^h . K_j^h / sqrt(d)), and every sparse layer after it keeps them; the
+    reduction over active rows and the number of sinks are not published.
 
     Args:
         q: [B, H, R, d], floating, any strides.
         k: [B, Hkv, T, d], dtype of q, any strides, H % Hkv == 0.
+        lse: [B, H, R] float32, any strides: log-sum-exp over all T keys of the logits, mask
+            included. -inf: the row has no key left and counts nothing.
         weight: [B, R] floating, not negative: 1 for a row, 0 for a repetition of another row.
-        mask: None, bool (True attends) or floating; broadcastable to [B, H, R, T]. A row with no
-            key left counts nothing.
+        mask: None, bool (True attends) or floating; broadcastable to [B, H, R, T].
         limit: [B] int64, the tokens that may become sinks, from position 0 on.
         count: sinks a sequence, at least 0.
         scale: factor of the logits.
@@ -48,16 +52,27 @@ def capture_sinks(
         ValueError: shapes that do not fit together, or count < 0.
         TypeError: dtypes that differ, a limit that is not int64, a mask neither bool nor floating.
     """
-    _check(q, k, weight, mask, limit, count)
-    out: Tensor = _OP(q, k, weight, mask, limit, count, scale)
+    _check(q, k, lse, weight, mask, limit, count)
+    out: Tensor = _OP(q, k, lse, weight, mask, limit, count, scale)
     return out
 
 
 def _check(
-    q: Tensor, k: Tensor, weight: Tensor, mask: Tensor | None, limit: Tensor, count: int
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    limit: Tensor,
+    count: int,
 ) -> None:
     op = "capture_sinks"
     check_attention_inputs(op, q, k, k, mask)
+    check(lse.dim() == 3, op, "lse must have 3 axes")
+    check(lse.shape[0] == q.shape[0], op, "lse and q differ in batch size")
+    check(lse.shape[1] == q.shape[1], op, "lse and q differ in heads")
+    check(lse.shape[2] == q.shape[2], op, "lse and q differ in rows")
+    check_dtype(lse.dtype == torch.float32, op, "lse must be float32")
     check(weight.dim() == 2, op, "weight must have 2 axes")
     check(weight.shape[0] == q.shape[0], op, "weight and q differ in batch size")
     check(weight.shape[1] == q.shape[2], op, "weight and q differ in rows")
@@ -69,19 +84,21 @@ def _check(
 def _fake(
     q: Tensor,
     k: Tensor,
+    lse: Tensor,
     weight: Tensor,
     mask: Tensor | None,
     limit: Tensor,
     count: int,
     scale: float,
 ) -> Tensor:
-    _check(q, k, weight, mask, limit, count)
+    _check(q, k, lse, weight, mask, limit, count)
     return torch.empty((q.shape[0], count), dtype=torch.int64, device=q.device)
 
 
 _OP = define_op(
-    "capture_sinks(Tensor q, Tensor k, Tensor weight, Tensor? mask, Tensor limit, int count,"
-    " float scale) -> Tensor",
+    "capture_sinks(Tensor q, Tensor k, Tensor lse, Tensor weight, Tensor? mask, Tensor limit,"
+    " int count, float scale) -> Tensor",
     folder="sink_capture",
     fake=_fake,
+    kernel=True,
 )

@@ -1,18 +1,18 @@
 """The equation of `capture_sinks`, one query row at a time, in float64.
 
-S_t = mean over rows (weighted) and query heads of softmax_t(scale * q . k_t + mask_t)
+S_t = mean over rows (weighted) and query heads of exp(scale * q . k_t + mask_t - lse)
 """
 
 import torch
 from torch import Tensor
 
-from focus_compile.kernels.attention.reference import softmax_or_zero
 from focus_compile.kernels.block_selection.reference import highest
 
 
 def capture_sinks(
     q: Tensor,
     k: Tensor,
+    lse: Tensor,
     weight: Tensor,
     mask: Tensor | None,
     limit: Tensor,
@@ -20,7 +20,7 @@ def capture_sinks(
     scale: float,
 ) -> Tensor:
     """See op.py."""
-    scores = attention_received(q, k, weight, mask, scale)
+    scores = attention_received(q, k, lse, weight, mask, scale)
     sinks = torch.full((q.shape[0], count), -1, dtype=torch.int64, device=q.device)
     for b in range(q.shape[0]):
         chosen = highest(scores[b, : int(limit[b])].tolist(), count)
@@ -29,7 +29,7 @@ def capture_sinks(
 
 
 def attention_received(
-    q: Tensor, k: Tensor, weight: Tensor, mask: Tensor | None, scale: float
+    q: Tensor, k: Tensor, lse: Tensor, weight: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
     """S of every position, [B, T] float64; it sums to 1 unless a row has no key left."""
     batch, heads, rows, _ = q.shape
@@ -41,8 +41,18 @@ def attention_received(
         total = float(weight[b].double().sum()) * heads
         for h in range(heads):
             for r in range(rows):
+                if lse[b, h, r] == -torch.inf:
+                    continue
                 logits = scale * k[b, h // group].double() @ q[b, h, r].double()  # [T]
-                probability = softmax_or_zero(logits, None if mask is None else mask[b, h, r])
-                scores[b] += float(weight[b, r]) * probability
+                if mask is not None:
+                    logits = masked(logits, mask[b, h, r])
+                scores[b] += float(weight[b, r]) * (logits - lse[b, h, r].double()).exp()
         scores[b] /= total or 1.0
     return scores
+
+
+def masked(logits: Tensor, mask: Tensor) -> Tensor:
+    """Logits with a bool mask (True attends) or a floating one (added) of their shape."""
+    if mask.dtype == torch.bool:
+        return torch.where(mask, logits, -torch.inf)
+    return logits + mask.double()

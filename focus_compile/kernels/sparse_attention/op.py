@@ -24,18 +24,20 @@ def sparse_attention(
     out[b, h, r] = sum over t in keys[b] of softmax_t(scale * q[b, h, r] . k[b, h // g, t]
                    + mask[b, h, r, t]) * v[b, h // g, t],   g = H // Hkv
 
-    keys[b] is a set: a token named twice counts once. Focus-dLLM (arXiv 2602.02159), the sparse
-    layers: K_attn = cat(K[I_P], K_resp), I_P = kept blocks and sinks; V likewise.
+    keys[b] is a set: a sink in a block, in the tail or named twice counts once. Focus-dLLM (arXiv
+    2602.02159), the sparse layers: K_attn = cat(K[I_P], K_resp), I_P = kept blocks and sinks; V
+    likewise.
 
     Args:
         q: [B, H, R, d] float32, float16, bfloat16 or float64, any strides. R may be 0.
         k, v: [B, Hkv, T, d], dtype of q, any strides, H % Hkv == 0.
-        blocks: [B, any] int64, ids below T // key_block in any order; negative ones are padding
-            (see `select_blocks`).
+        blocks: [B, any] int64, ids below candidates[b] in any order, each at most once, then
+            negative ones as padding (see `select_blocks`).
         sinks: [B, any] int64, positions below T in any order; negative ones are padding (see
             `capture_sinks`).
-        candidates: [B] int64, blocks of the prompt; all tokens after them are always read. A value
-            out of its range is not checked for: it would cost a synchronisation.
+        candidates: [B] int64, blocks of the prompt, at most T // key_block; all tokens after them
+            are always read. What blocks, sinks and candidates hold is not checked: it would cost a
+            synchronisation.
         key_block: tokens in a block, at least 1.
         mask: None, bool (True attends) or floating (added to the logits); broadcastable to
             [B, H, R, T]. A row with no key left gives zeros.
@@ -91,4 +93,5 @@ _OP = define_op(
     " Tensor candidates, int key_block, Tensor? mask, float scale) -> Tensor",
     folder="sparse_attention",
     fake=_fake,
+    kernel=True,
 )

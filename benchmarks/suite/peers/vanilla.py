@@ -1,0 +1,70 @@
+"""Every row at every call: the model as it is, and compiled by Inductor."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.suite.loop import Canvas, Ran
+
+__all__ = ["VanillaEager", "VanillaInductor"]
+
+FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+]
+
+
+class VanillaEager:
+    """(a) `model(ids).logits` in eager PyTorch, logits of all positions."""
+
+    letter = "a"
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.ran = Ran("vanilla", 0, 0)
+
+    def begin(self, canvas: Canvas) -> None:
+        self.ran = Ran("vanilla", canvas.length, canvas.length)
+
+    def __call__(self, canvas: Canvas, block: slice) -> Tensor:
+        with torch.no_grad():
+            return self.model(canvas.ids).logits[0, block]
+
+    def poison(self) -> None:
+        """Nothing is kept."""
+
+    def release(self) -> None:
+        """Nothing is kept."""
+
+
+class VanillaInductor(VanillaEager):
+    """(b) The same compiled, with cuDNN's attention and the head on the block's rows only."""
+
+    letter = "b"
+
+    def __init__(self, model: nn.Module, backend: str = "inductor", dynamic: bool = False):
+        super().__init__(model)
+
+        def block_logits(ids: Tensor, rows: Tensor) -> Tensor:
+            hidden = model.model(ids).last_hidden_state  # type: ignore[operator]
+            return model.lm_head(hidden[0].index_select(0, rows))  # type: ignore[operator]
+
+        self.compiled: Any = torch.compile(block_logits, backend=backend, dynamic=dynamic)
+
+    def __call__(self, canvas: Canvas, block: slice) -> Tensor:
+        rows = torch.arange(block.start, block.stop, device=canvas.ids.device)
+        with torch.no_grad(), _fast_attention(canvas.ids.device):
+            return self.compiled(canvas.ids, rows)
+
+
+def _fast_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """cuDNN's attention where there is a GPU, at compilation and at calls."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return sdpa_kernel(FASTEST_FIRST, set_priority=True)

@@ -1,0 +1,207 @@
+"""`select_blocks` in Triton: a program scores some blocks of one kv head, then one program a
+sequence chooses (see `top_k`)."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from focus_compile.kernels.top_k import (
+    WIDE,
+    block_of,
+    choose_highest,
+    store_highest,
+    sum_parts,
+    tile_of,
+)
+
+_PROGRAMS = 128  # at least so many score, where the blocks suffice
+_WARPS = 8
+
+
+def select_blocks(
+    q: Tensor,
+    weight: Tensor,
+    summaries: Tensor,
+    candidates: Tensor,
+    keep: Tensor,
+    one_launch: bool = False,
+) -> Tensor:
+    """See op.py.
+
+    one_launch: the program of a sequence that scores last also chooses. Calls that run at the same
+    time on several streams of one device must not ask for it: they would share a counter.
+    """
+    batch, kv_heads, blocks, _ = summaries.shape
+    if batch == 0 or blocks == 0:
+        return candidates.new_empty((batch, blocks))
+    parts = torch.empty((batch, kv_heads, blocks), dtype=torch.float32, device=q.device)
+    one_launch = one_launch and blocks <= WIDE
+    out = candidates.new_empty((batch, blocks)) if one_launch else candidates
+    with torch.cuda.device_of(q):
+        _score(q, weight, summaries, parts, candidates, keep, out, one_launch)
+        return out if one_launch else choose_highest(parts, candidates, keep, blocks)
+
+
+def _score(
+    q: Tensor,
+    weight: Tensor,
+    summaries: Tensor,
+    parts: Tensor,
+    candidates: Tensor,
+    keep: Tensor,
+    out: Tensor,
+    choose: bool,
+) -> None:
+    batch, heads, rows, width = q.shape
+    _, kv_heads, blocks, wide = summaries.shape
+    group = heads // kv_heads
+    padded = triton.next_power_of_2(width)
+    tile = _tile(batch * kv_heads, blocks, padded * q.element_size() * (wide // width))
+    _score_kernel[(triton.cdiv(blocks, tile), kv_heads, batch)](
+        q,
+        weight,
+        summaries,
+        parts,
+        candidates,
+        keep,
+        out,
+        _tickets(q.device, batch) if choose else out,
+        rows,
+        blocks,
+        *q.stride(),
+        *weight.stride(),
+        *summaries.stride(),
+        candidates.stride(0),
+        keep.stride(0),
+        GROUP=group,
+        WIDTH=width,
+        BOUND=wide != width,
+        D=padded,
+        ROWS=min(max(triton.next_power_of_2(group * rows), 1), max(4096 // padded, 1)),
+        BLOCKS=tile,
+        CHOOSE=choose,
+        HEADS=kv_heads,
+        HEAD_TILE=tile_of(kv_heads, block_of(blocks), _WARPS),
+        ALL=block_of(blocks),
+        num_warps=_WARPS,
+    )
+
+
+def _tile(lanes: int, blocks: int, size: int) -> int:
+    """Blocks a program scores: up to 32 KiB of summaries, less where programs would be few."""
+    tile = max(min(32768 // size, 64), 1)
+    while tile > 16 and lanes * triton.cdiv(blocks, tile) < _PROGRAMS:
+        tile //= 2
+    return tile
+
+
+@functools.cache
+def _tickets(device: torch.device, batch: int) -> Tensor:
+    """Zeros [B] int32 that every launch leaves at zero."""
+    return torch.zeros(batch, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def _score_kernel(
+    q_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    summaries_ptr: tl.tensor,
+    parts_ptr: tl.tensor,
+    candidates_ptr: tl.tensor,
+    keep_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    ticket_ptr: tl.tensor,
+    rows: tl.tensor,
+    blocks: tl.tensor,
+    q_b: tl.tensor,
+    q_h: tl.tensor,
+    q_r: tl.tensor,
+    q_d: tl.tensor,
+    weight_b: tl.tensor,
+    weight_r: tl.tensor,
+    summaries_b: tl.tensor,
+    summaries_h: tl.tensor,
+    summaries_j: tl.tensor,
+    summaries_d: tl.tensor,
+    candidates_b: tl.tensor,
+    keep_b: tl.tensor,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BOUND: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    CHOOSE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    ALL: tl.constexpr,
+) -> None:
+    """Relevance of BLOCKS blocks to one kv head's queries, into parts [B, Hkv, NB].
+
+    The summaries are asked for before the queries are pooled: they arrive meanwhile.
+    """
+    head = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    channel = tl.arange(0, D)
+    summary_ptr = summaries_ptr + b * summaries_b + head.to(tl.int64) * summaries_h
+    place = block.to(tl.int64)[:, None] * summaries_j + channel[None, :] * summaries_d
+    inside = (block < blocks)[:, None] & (channel < WIDTH)[None, :]
+    first = tl.load(summary_ptr + place, mask=inside, other=0.0)
+    if BOUND:
+        second = tl.load(summary_ptr + WIDTH * summaries_d + place, mask=inside, other=0.0)
+
+    positive = tl.zeros([ROWS, D], tl.float32)
+    negative = tl.zeros([ROWS, D], tl.float32)
+    head_ptr = q_ptr + b * q_b + head.to(tl.int64) * GROUP * q_h
+    for start in tl.range(0, GROUP * rows, ROWS):
+        packed = start + tl.arange(0, ROWS)
+        real = packed < GROUP * rows
+        row = packed % rows
+        query = tl.load(
+            head_ptr + (packed // rows * q_h + row * q_r)[:, None] + channel[None, :] * q_d,
+            mask=real[:, None] & (channel < WIDTH)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        weight = tl.load(weight_ptr + b * weight_b + row * weight_r, mask=real, other=0.0)
+        weight = weight.to(tl.float32)[:, None]
+        if BOUND:
+            positive += weight * tl.maximum(query, 0.0)
+            negative += weight * tl.minimum(query, 0.0)
+        else:
+            positive += weight * query
+
+    product = first.to(tl.float32) * tl.sum(positive, 0)[None, :]
+    if BOUND:
+        product += second.to(tl.float32) * tl.sum(negative, 0)[None, :]
+    sequence_ptr = parts_ptr + b * HEADS * blocks
+    tl.store(sequence_ptr + head * blocks + block, tl.sum(product, 1), mask=block < blocks)
+
+    if CHOOSE:
+        tl.debug_barrier()  # all of the program's stores, before its ticket
+        ticket = tl.atomic_add(ticket_ptr + b, 1, sem="acq_rel")
+        if ticket == tl.num_programs(0) * tl.num_programs(1) - 1:
+            tl.debug_barrier()
+            position = tl.arange(0, ALL)
+            score = sum_parts(
+                sequence_ptr, position, position < blocks, blocks, HEADS, HEAD_TILE, ALL
+            )
+            ids = position.to(tl.int64)
+            limit = tl.load(candidates_ptr + b * candidates_b)
+            store_highest(
+                score,
+                ids,
+                (position < blocks) & (ids < limit),
+                tl.load(keep_ptr + b * keep_b),
+                out_ptr + b * blocks,
+                parts_ptr,
+                blocks,
+                False,
+                ALL,
+            )
+            tl.store(ticket_ptr + b, 0)

@@ -1,0 +1,224 @@
+"""`capture_sinks` in Triton: a program sums the probabilities of some keys in registers, over rows
+and heads and without atomics; then the highest sums are chosen (see `top_k`)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from focus_compile.kernels.top_k import choose_highest
+
+_SHARED_MEMORY = 200 * 1024  # of one program on an H100
+_PROGRAMS = 256  # at least so many, where keys and heads suffice
+
+
+def capture_sinks(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    limit: Tensor,
+    count: int,
+    scale: float,
+) -> Tensor:
+    """See op.py."""
+    batch, length = k.shape[0], k.shape[2]
+    if batch == 0 or length == 0 or count == 0:
+        return limit.new_full((batch, count), -1)
+    with torch.cuda.device_of(q):
+        parts = attention_received(q, k, lse, weight, mask, limit, scale)
+        return choose_highest(parts, limit, count, count)
+
+
+def attention_received(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    limit: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention received by every position below the limit, [B, P, T] float32.
+
+    Summed over rows and over the heads of each of P parts. Beyond the limit it may be 0 instead.
+    """
+    batch, heads, rows, width = q.shape
+    kv_heads, length = k.shape[1], k.shape[2]
+    group = heads // kv_heads
+    padded = max(triton.next_power_of_2(width), 16)
+    keys, row_tile = _tiles(padded * q.element_size(), length, group * rows)
+    tiles = triton.cdiv(length, keys)
+    heads_a_part = triton.cdiv(kv_heads, min(kv_heads, triton.cdiv(_PROGRAMS, batch * tiles)))
+    parts = triton.cdiv(kv_heads, heads_a_part)
+    out = torch.empty((batch, parts, length), dtype=torch.float32, device=q.device)
+    kind, mask = _mask_kind(mask), q if mask is None else _expanded(mask, q, length)
+    shared = kind == "none" or mask.stride(1) == mask.stride(2) == 0
+    stage = (keys + row_tile) * padded * q.element_size()  # in bytes
+    stage += 0 if shared else keys * row_tile * mask.element_size()
+    _received_kernel[(tiles, parts, batch)](
+        q,
+        k,
+        lse,
+        weight,
+        mask,
+        limit,
+        out,
+        rows,
+        length,
+        kv_heads,
+        scale * 1.4426950408889634,
+        *q.stride(),
+        *k.stride(),
+        *lse.stride(),
+        *weight.stride(),
+        *mask.stride(),
+        limit.stride(0),
+        GROUP=group,
+        HEADS=heads_a_part,
+        WIDTH=width,
+        MASK=kind,
+        ONE_ROW_MASK=shared,
+        D=padded,
+        ROWS=row_tile,
+        KEYS=keys,
+        STAGES=min(max(_SHARED_MEMORY // stage, 1), 3),
+        num_warps=8 if keys * row_tile >= 8192 else 4,
+    )
+    return out
+
+
+def _tiles(size: int, length: int, rows: int) -> tuple[int, int]:
+    """(keys, rows) of a tile for rows of `size` bytes: at most 32 KiB of either, as powers of 2."""
+    most = max(min(32768 // size, 128), 16)
+    keys = min(max(triton.next_power_of_2(length), 16), most)
+    return keys, min(max(triton.next_power_of_2(rows), 16), most)
+
+
+def _mask_kind(mask: Tensor | None) -> str:
+    if mask is None:
+        return "none"
+    return "bool" if mask.dtype == torch.bool else "float"
+
+
+def _expanded(mask: Tensor, q: Tensor, length: int) -> Tensor:
+    """The mask as [B, H, R, T], a view; bool as bytes."""
+    if mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    return mask.expand(*q.shape[:3], length)
+
+
+@triton.jit
+def _received_kernel(
+    q_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    mask_ptr: tl.tensor,
+    limit_ptr: tl.tensor,
+    parts_ptr: tl.tensor,
+    rows: tl.tensor,
+    length: tl.tensor,
+    kv_heads: tl.tensor,
+    scale: tl.tensor,
+    q_b: tl.tensor,
+    q_h: tl.tensor,
+    q_r: tl.tensor,
+    q_d: tl.tensor,
+    k_b: tl.tensor,
+    k_h: tl.tensor,
+    k_t: tl.tensor,
+    k_d: tl.tensor,
+    lse_b: tl.tensor,
+    lse_h: tl.tensor,
+    lse_r: tl.tensor,
+    weight_b: tl.tensor,
+    weight_r: tl.tensor,
+    mask_b: tl.tensor,
+    mask_h: tl.tensor,
+    mask_r: tl.tensor,
+    mask_t: tl.tensor,
+    limit_b: tl.tensor,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MASK: tl.constexpr,
+    ONE_ROW_MASK: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    """KEYS positions of one sequence, over HEADS kv heads and their packed query rows.
+
+    The scale, the mask and the log-sum-exps are in powers of two. Rows without keys and rows that
+    pad a tile have a log-sum-exp of +inf: their probabilities are 0.
+    """
+    part = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    start = tl.program_id(0) * KEYS
+    key = start + tl.arange(0, KEYS)
+    channel = tl.arange(0, D)
+    k_ptr += b * k_b + start.to(tl.int64) * k_t
+    mask_ptr += b * mask_b + start.to(tl.int64) * mask_t
+    key_place = tl.arange(0, KEYS)[:, None] * k_t + channel[None, :] * k_d
+    key_inside = (key < length)[:, None] & (channel < WIDTH)[None, :]
+    if ONE_ROW_MASK:
+        if MASK != "none":
+            places = tl.arange(0, KEYS).to(tl.int64) * mask_t
+            key_bias = _bias(mask_ptr + places, key < length, MASK)[:, None]
+
+    packed_rows = GROUP * rows
+    row_tiles = tl.cdiv(packed_rows, ROWS)
+    work = tl.minimum(HEADS, kv_heads - part * HEADS) * row_tiles
+    limit = tl.load(limit_ptr + b * limit_b)
+    work = tl.where(start < limit, work, 0)
+    received = tl.zeros([KEYS], tl.float32)
+    for step in tl.range(0, work, num_stages=STAGES):
+        kv_head = part * HEADS + step // row_tiles
+        packed = step % row_tiles * ROWS + tl.arange(0, ROWS)
+        real = packed < packed_rows
+        head = kv_head * GROUP + packed // rows
+        row = packed % rows
+        keys = tl.load(k_ptr + kv_head.to(tl.int64) * k_h + key_place, mask=key_inside, other=0.0)
+        queries = tl.load(
+            q_ptr + b * q_b + (head * q_h + row * q_r)[:, None] + channel[None, :] * q_d,
+            mask=real[:, None] & (channel < WIDTH)[None, :],
+            other=0.0,
+        )
+        lse_place = b * lse_b + head * lse_h + row * lse_r
+        lse = tl.load(lse_ptr + lse_place, mask=real, other=float("inf"))
+        lse = tl.where(lse == -float("inf"), float("inf"), _base_2(lse))
+        weight = tl.load(weight_ptr + b * weight_b + row * weight_r, mask=real, other=0.0)
+        logits = tl.dot(keys, tl.trans(queries), input_precision="tf32x3") * scale
+        if MASK != "none":
+            if ONE_ROW_MASK:
+                logits += key_bias
+            else:
+                of_row = head.to(tl.int64) * mask_h + row.to(tl.int64) * mask_r
+                places = tl.arange(0, KEYS).to(tl.int64)[:, None] * mask_t + of_row[None, :]
+                inside = (key < length)[:, None] & real[None, :]
+                logits += _bias(mask_ptr + places, inside, MASK)
+        probability = tl.exp2(logits - lse[None, :])
+        received += tl.sum(probability * weight.to(tl.float32)[None, :], 1)
+    place = (b * tl.num_programs(1) + part) * length + key
+    tl.store(parts_ptr + place, received, mask=key < length)
+
+
+@triton.jit
+def _bias(mask_ptr: tl.tensor, inside: tl.tensor, MASK: tl.constexpr) -> tl.tensor:
+    """What a mask adds to logits in powers of two."""
+    value = tl.load(mask_ptr, mask=inside, other=0)
+    if MASK == "bool":
+        return tl.where(value != 0, 0.0, -float("inf"))
+    value = value.to(tl.float32)
+    return tl.where(value == -float("inf"), value, _base_2(value))
+
+
+@triton.jit
+def _base_2(value: tl.tensor) -> tl.tensor:
+    """Finite logits in powers of two. Masks reach down to finfo.min, which must stay finite."""
+    return tl.maximum(value * 1.4426950408889634, -3.0e38)

@@ -1,0 +1,69 @@
+"""Device work of fixed addresses and sizes, replayed as CUDA graphs that share one memory pool."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = ["DeviceGraphs"]
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass
+class DeviceGraphs:
+    """Runs work as it is the first time, and as a CUDA graph from then on.
+
+    The first run compiles and loads whatever the work needs. What a graph returns lies in the pool
+    and is overwritten by the next replay of any graph: use it before. A capture that fails is
+    reported through `failed`, and the work runs as it is from then on.
+    """
+
+    enabled: bool
+    failed: Callable[[str], object]
+    seconds: float = 0.0
+    """Time spent capturing."""
+    _seen: set[Hashable] = field(default_factory=set)
+    _graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, object]] = field(default_factory=dict)
+    _pool: Any = None
+
+    def run(self, key: Hashable, work: Callable[[], T]) -> T:
+        """The result of `work`; everything it reads and writes must be the same for the key."""
+        held = self._graphs.get(key)
+        if held is not None:
+            graph, result = held
+            graph.replay()
+            return result  # type: ignore[return-value]
+        if not self.enabled or key not in self._seen:
+            self._seen.add(key)
+            return work()
+        return self._capture(key, work)
+
+    def _capture(self, key: Hashable, work: Callable[[], T]) -> T:
+        started = time.perf_counter()
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result = work()
+        except RuntimeError as error:
+            self.enabled = False
+            self.failed(f"a CUDA graph could not be captured ({str(error).splitlines()[0]})")
+            return work()
+        self._graphs[key] = graph, result
+        self.seconds += time.perf_counter() - started
+        log.info("captured the CUDA graph %s in %.2f s", key, time.perf_counter() - started)
+        graph.replay()
+        return result
+
+    @property
+    def captured(self) -> int:
+        """Graphs captured so far."""
+        return len(self._graphs)

@@ -1,0 +1,49 @@
+"""What a trajectory will take, before it is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["MemoryPlan"]
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one trajectory, beside the weights and what a forward needs for itself."""
+
+    kv: int
+    """K/V caches of every layer."""
+    summaries: int
+    """Block summaries of the sparse layers."""
+    logits: int
+    """The latest logits, and the copies that callers hold."""
+    all_logits: bool
+    """Whether logits of all rows are kept."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.kv + self.summaries + self.logits
+
+    def why_no_room(self, device: torch.device) -> str | None:
+        """None where the device has the memory, else what is missing and what to change."""
+        if device.type != "cuda":
+            return None
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if self.total <= free:
+            return None
+        less = ' logits="response" keeps fewer logits;' if self.all_logits else ""
+        return (
+            f"a trajectory needs {self} and {free / GIB:.1f} GiB are free.{less} a shorter length "
+            "or a smaller batch needs less of everything"
+        )
+
+    def __str__(self) -> str:
+        parts = (("K/V", self.kv), ("summaries", self.summaries), ("logits", self.logits))
+        listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts)
+        return f"{self.total / GIB:.2f} GiB ({listed})"
