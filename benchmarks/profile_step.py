@@ -76,6 +76,8 @@ def profile(model: Any, shape: Any, context: int, steps: int) -> dict[str, Any]:
             ended = time.perf_counter()
             times[history[-1].program].append((ended - started) * 1e3)
             call.append((returned - started) * 1e3)
+            times["dispatch"].append(history[-1].milliseconds)
+            times["compile"].append(history[-1].compile_seconds)
             del output
             decode_one(model, ids, block, mask)
         record = history[-1]
@@ -88,6 +90,8 @@ def profile(model: Any, shape: Any, context: int, steps: int) -> dict[str, Any]:
         "bucket": record.bucket,
         "keys": record.keys,
         "refresh_ms": times["refresh"],
+        "compile_s": sum(times["compile"]),
+        "dispatch_ms": statistics.median(times["dispatch"]),
         "step_ms": statistics.median(times["step"][4:]),
         "step_ms_all": times["step"],
         "host_ms": statistics.median(call[6:]),

@@ -101,6 +101,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Timed blocks, or vanilla calls.")] = 3,
     launches: Annotated[bool, typer.Option(help="Count kernels with the profiler.")] = True,
     verify_composition: Annotated[bool, typer.Option(help="Run (b), (g) whole at 8K.")] = False,
+    check_peers: Annotated[bool, typer.Option(help="Compare (d) to (c), (f), (g) to (e).")] = False,
     budget_seconds: Annotated[float, typer.Option(help="Stop after the arm then running.")] = 1e9,
     device: str = "cuda",
     lowering: Annotated[
@@ -131,6 +132,7 @@ def main(
         rounds,
         launches,
         verify_composition,
+        check_peers,
     )
     ours = dict(part.split("=", 1) for part in option or [])
     result = begin(file, where, reuse_checks) | {"suite": suite}

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.suite.arms import ArmOptions, make_arm
+from benchmarks.suite.cells import Cell
 from benchmarks.suite.floors import Floor
 from benchmarks.suite.loop import Canvas, commit, counts_of_block
 from benchmarks.suite.measure import Measurement
@@ -14,7 +16,13 @@ from benchmarks.suite.peers.compiled import Compiled
 from benchmarks.suite.peers.vanilla import VanillaEager
 from benchmarks.suite.shapes import Shape, build
 
-__all__ = ["Refused", "check_everything_active", "check_floor", "check_measurement"]
+__all__ = [
+    "Refused",
+    "check_everything_active",
+    "check_floor",
+    "check_measurement",
+    "peers_agreement",
+]
 
 SMALL_LAYERS = 4
 SMALL_CONTEXT = 1024
@@ -39,10 +47,9 @@ def check_everything_active(
     Raises:
         Refused: they differ, or a value is not finite.
     """
-    small = shape.with_layers(SMALL_LAYERS + shape.options.get("dense_tail_layers", 0))
-    context = 128 if shape.name == "tiny" else SMALL_CONTEXT
+    small = _shallow(shape)
     model = build(small, device, dtype)
-    canvas = Canvas.random(small, context, 2 * block, block, device, seed=7)
+    canvas = Canvas.random(small, _context(shape), 2 * block, block, device, seed=7)
     vanilla = VanillaEager(model)
     chosen = shape.options | options
     chosen |= {"keep_ratio": 1.0, "window": 2 * canvas.length, "block_length": block}
@@ -74,6 +81,45 @@ def check_everything_active(
     if programs != expected:
         raise Refused(f"alpha=1: the calls ran {programs}, not {expected}")
     return {"calls": calls, "same_tokens": same, "worst_row_error": worst, "layers": small.layers}
+
+
+def peers_agreement(
+    shape: Shape, device: torch.device, block: int, options: ArmOptions, alpha: float = 0.5
+) -> dict[str, float]:
+    """Largest relative error of a row of (d) against (c), and of (f) and (g) against (e).
+
+    In float32 on a shallow model, on the same ids, one block entered and stepped through. Not a
+    refusal: choices of blocks that differ by rounding show here too.
+    """
+    small = _shallow(shape)
+    model = build(small, device, torch.float32)
+    cell = Cell(shape.name, _context(shape), block, max(1, block // CHECKED_CALLS), alpha)
+    found: dict[str, float] = {}
+    for reference, others in (("c", "d"), ("e", "fg")):
+        canvas = Canvas.random(small, cell.context, block, block, device, seed=11)
+        arms = {a: make_arm(a, model, small, cell, options) for a in reference + others}
+        for arm in arms.values():
+            arm.begin(canvas)
+        at = canvas.block(0)
+        for count in counts_of_block(block, cell.per_step):
+            logits = {letter: arm(canvas, at).clone() for letter, arm in arms.items()}
+            for letter in others:
+                error = _row_error(logits[letter], logits[reference])
+                name = f"{letter} against {reference}"
+                found[name] = max(found.get(name, 0.0), error)
+            commit(canvas, at, logits[reference], count)
+        for arm in arms.values():
+            arm.release()
+    return found
+
+
+def _shallow(shape: Shape) -> Shape:
+    """Few layers, yet some in every region."""
+    return shape.with_layers(SMALL_LAYERS + shape.options.get("dense_tail_layers", 0))
+
+
+def _context(shape: Shape) -> int:
+    return 128 if shape.name == "tiny" else SMALL_CONTEXT
 
 
 def _row_error(ours: Tensor, theirs: Tensor) -> float:

@@ -16,7 +16,12 @@ from benchmarks.suite import results
 from benchmarks.suite.arms import POLICIES, ArmOptions, make_arm
 from benchmarks.suite.ceilings import Ceilings
 from benchmarks.suite.cells import Cell, Group, groups_of, key_of
-from benchmarks.suite.checks import Refused, check_everything_active, check_measurement
+from benchmarks.suite.checks import (
+    Refused,
+    check_everything_active,
+    check_measurement,
+    peers_agreement,
+)
 from benchmarks.suite.loop import Arm
 from benchmarks.suite.measure import GIB, Bench, Measurement
 from benchmarks.suite.rows import RowMaker
@@ -47,6 +52,7 @@ class Workload:
     rounds: int
     count_launches: bool
     verify_composition: bool
+    check_peers: bool
 
 
 @dataclass
@@ -94,8 +100,7 @@ class Runner:
             return
         started = time.perf_counter()
         options = self.options.compiled(shape)
-        for name in ("mask_token_id", "strict"):
-            options.pop(name)
+        del options["mask_token_id"], options["strict"]
         block = min(self.work.blocks)
         try:
             found = check_everything_active(shape, self.device, self.dtype, block, **options)
@@ -105,6 +110,8 @@ class Runner:
             console.print_exception(max_frames=4)
             raise Refused(f"alpha=1 with all rows active: {failure(error)}") from None
         found["source"] = self.result["environment"]["source"]
+        if self.work.check_peers:
+            found["agreement"] = peers_agreement(shape, self.device, block, self.options)
         found["seconds"] = time.perf_counter() - started
         self.result["checks"][shape.name] = found
         console.print(f"{shape.name}: alpha=1 with all rows active: {found}")

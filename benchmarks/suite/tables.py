@@ -182,14 +182,20 @@ def _provenance(result: dict[str, Any]) -> str:
     header = ["run", "device", "torch", "triton", "commit or source", "copy TB/s", "GEMM TFLOP/s"]
     text = "## Runs and their ceilings\n\n" + table(header, rows)
     checks = [
-        [model, c["layers"], c["calls"], c["same_tokens"], c["worst_row_error"]]
+        [model, c["layers"], c["calls"], c["same_tokens"], c["worst_row_error"], _agreement(c)]
         for model, c in result["checks"].items()
     ]
     if checks:
-        header = ["model", "layers", "calls", "with vanilla's tokens", "largest row error"]
+        header = ["model", "layers", "calls", "with vanilla's tokens", "largest row error", "peers"]
         text += "\nα=1 with all rows active against vanilla, on a shallow model of the shape:\n\n"
         text += table(header, checks)
     return text + _composition(result.get("composition", []))
+
+
+def _agreement(check: dict[str, Any]) -> str | None:
+    """How far the peers' rows are from one another, in float32."""
+    found = check.get("agreement", {}).items()
+    return "; ".join(f"{pair}: {error:.1g}" for pair, error in found) or None
 
 
 def _composition(found: list[dict[str, Any]]) -> str:

@@ -22,7 +22,7 @@ from focus_compile.kernels.tiling import Tiling, choose_tiling, device_limits, p
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Float masks reach down to finfo.min, which must stay finite in base 2; only -inf hides a key.
-LOWEST = tl.constexpr(-3.0e38)
+LOWEST = tl.constexpr(-2.0e38)
 COUNT_CHUNK = tl.constexpr(1024)
 SINK_TILE = tl.constexpr(16)
 SINK_CHUNK = tl.constexpr(128)
@@ -69,13 +69,13 @@ def attend(
         )
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         if tiling.splits == 1:
-            _launch(q, k, v, mask, scale, keys, out, lse, tiling)
+            _launch(q, k, v, mask, scale, keys, out, None, lse, tiling)
             return out
         shape = (tiling.splits, batch, heads, rows)
         parts = q.new_empty((*shape, width), dtype=torch.float32)
-        part_lse = q.new_empty(shape, dtype=torch.float32)
-        _launch(q, k, v, mask, scale, keys, parts, part_lse, tiling)
-        _launch_join(parts, part_lse, out, lse)
+        sums = q.new_empty((2, *shape), dtype=torch.float32)
+        _launch(q, k, v, mask, scale, keys, parts, sums, None, tiling)
+        _launch_join(parts, sums, out, lse)
     return out
 
 
@@ -87,6 +87,7 @@ def _launch(
     scale: float,
     keys: KeyList | None,
     out: Tensor,
+    sums: Tensor | None,
     lse: Tensor | None,
     tiling: Tiling,
 ) -> None:
@@ -109,7 +110,7 @@ def _launch(
         block_slots, sink_slots, key_block = blocks.shape[1], sinks.shape[1], keys.key_block
     row_tiles = triton.cdiv(heads // kv_heads * rows, tiling.block_m)
     _attend_share[(row_tiles, tiling.splits, batch * kv_heads)](
-        *(q, k, v, mask, blocks, sinks, candidates, out, lse),
+        *(q, k, v, mask, blocks, sinks, candidates, out, sums, lse),
         *(*q.stride(), *k.stride(), *v.stride(), *mask_strides),
         *(rows, length, block_slots, sink_slots, kv_heads, scale),
         GROUP=heads // kv_heads,
@@ -119,6 +120,7 @@ def _launch(
         BLOCK_N=tiling.block_n,
         KEY_BLOCK=key_block,
         MASK=kind,
+        SHARED=sums is not None,
         WANT_LSE=lse is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tiling.warps,
@@ -126,13 +128,13 @@ def _launch(
     )
 
 
-def _launch_join(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor | None) -> None:
+def _launch_join(parts: Tensor, sums: Tensor, out: Tensor, lse: Tensor | None) -> None:
     splits, width = parts.shape[0], parts.shape[4]
-    rows = part_lse.numel() // splits
+    rows = sums[0, 0].numel()
     block_d = padded(width)
     block_rows = max(1, 512 // block_d)
     _join_shares[(triton.cdiv(rows, block_rows),)](
-        *(parts, part_lse, out, lse, rows),
+        *(parts, sums, out, lse, rows),
         SPLITS=splits,
         HEAD_DIM=width,
         BLOCK_D=block_d,
@@ -147,17 +149,18 @@ def _launch_join(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor | Non
     "m_b", "m_h", "m_r", "rows", "length", "block_slots", "sink_slots", "kv_heads",
 ])
 def _attend_share(  # type: ignore[no-untyped-def]
-    q, k, v, mask, blocks, sinks, candidates, out, lse,
+    q, k, v, mask, blocks, sinks, candidates, out, sums, lse,
     q_b, q_h, q_r, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, m_b, m_h, m_r, m_t,
     rows, length, block_slots, sink_slots, kv_heads, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEY_BLOCK: tl.constexpr,
-    MASK: tl.constexpr, WANT_LSE: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, SHARED: tl.constexpr, WANT_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):
     # fmt: on
     """Attend from one tile of packed rows to one share of the keys. KEY_BLOCK 0: all T tokens.
 
-    out [splits, B, H, R, d] and lse [splits, B, H, R] receive the share's own result.
+    out [splits, B, H, R, d] receives the share's own result. If SHARED, sums [2, splits, B, H, R]
+    receives the highest score, in base 2, and the sum of exp2(score - highest).
     """
     split, splits = tl.program_id(1), tl.num_programs(1)
     batch = (tl.program_id(2) // kv_heads).to(tl.int64)
@@ -223,14 +226,17 @@ def _attend_share(  # type: ignore[no-untyped-def]
                 k_t, v_t, m_t, MASK, PRECISION, HEAD_DIM < BLOCK_D, True,
             )  # fmt: skip
 
-    heads = kv_heads * GROUP
-    place = ((split * (tl.num_programs(2) // kv_heads) + batch) * heads + head) * rows + row
-    some = total > 0
-    acc = acc / tl.where(some, total, 1.0)[:, None]
+    shared_rows = (tl.num_programs(2) * GROUP).to(tl.int64) * rows
+    place = (batch * kv_heads * GROUP + head) * rows + row + split * shared_rows
+    divisor = tl.where(total > 0, total, 1.0)
+    acc = acc / divisor[:, None]
     where = place[:, None] * HEAD_DIM + d[None, :]
     tl.store(out + where, acc.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
+    if SHARED:
+        tl.store(sums + place, top, mask=real)
+        tl.store(sums + splits * shared_rows + place, total, mask=real)
     if WANT_LSE:
-        found = tl.where(some, (top + tl.log2(total)) * LN_2, -float("inf"))
+        found = tl.where(total > 0, (top + tl.log2(divisor)) * LN_2, -float("inf"))
         tl.store(lse + place, found, mask=real)
 
 
@@ -256,7 +262,7 @@ def _attend_tile(  # type: ignore[no-untyped-def]
             seen = real[:, None] & valid[None, :]
             bias = tl.load(mask + tokens[None, :] * m_t, mask=seen, other=0.0).to(tl.float32)
             hidden = bias == -float("inf")
-            scores += tl.where(hidden, bias, tl.maximum(bias * LOG2_E, LOWEST))
+            scores += tl.where(hidden, bias, tl.maximum(bias, LOWEST) * LOG2_E)
         scores = tl.where(valid[None, :], scores, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row without keys so far
@@ -329,11 +335,11 @@ def _is_new(sink, slot, sinks, blocks, kept, tail, KEY_BLOCK: tl.constexpr):  # 
 
 @triton.jit(do_not_specialize=["rows"])
 def _join_shares(  # type: ignore[no-untyped-def]
-    parts, part_lse, out, lse, rows,
+    parts, sums, out, lse, rows,
     SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, WANT_LSE: tl.constexpr,
 ):  # fmt: skip
-    """out [B H R, d] = the mean of parts [splits, B H R, d] weighted by exp(part_lse)."""
+    """out [B H R, d] = the mean of parts [splits, B H R, d], weighted as `sums` say."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     real = row < rows
     d = tl.arange(0, BLOCK_D)
@@ -342,18 +348,21 @@ def _join_shares(  # type: ignore[no-untyped-def]
     step = rows.to(tl.int64)
     top = tl.full([BLOCK_ROWS], -float("inf"), tl.float32)
     for split in tl.static_range(SPLITS):
-        part = tl.load(part_lse + split * step + row, mask=real, other=-float("inf"))
-        top = tl.maximum(top, part)
+        highest = tl.load(sums + split * step + row, mask=real, other=-float("inf"))
+        top = tl.maximum(top, highest)
     base = tl.where(top == -float("inf"), 0.0, top)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
     for split in tl.static_range(SPLITS):
-        part = tl.load(part_lse + split * step + row, mask=real, other=-float("inf"))
-        weight = tl.exp2((part - base) * LOG2_E)
+        highest = tl.load(sums + split * step + row, mask=real, other=-float("inf"))
+        weight = tl.load(sums + (SPLITS + split) * step + row, mask=real, other=0.0)
+        weight *= tl.exp2(highest - base)
+        part = tl.load(parts + split * step * HEAD_DIM + where, mask=keep, other=0.0)
         total += weight
-        acc += weight[:, None] * tl.load(parts + split * step * HEAD_DIM + where, mask=keep)
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+        acc += weight[:, None] * part
+    divisor = tl.where(total > 0, total, 1.0)
+    acc = acc / divisor[:, None]
     tl.store(out + where, acc.to(out.dtype.element_ty), mask=keep)
     if WANT_LSE:
-        found = tl.where(total > 0, base + tl.log2(total) * LN_2, -float("inf"))
+        found = tl.where(total > 0, (base + tl.log2(divisor)) * LN_2, -float("inf"))
         tl.store(lse + row, found, mask=real)

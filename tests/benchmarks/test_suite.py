@@ -47,13 +47,16 @@ def measured(file: Path, *more: str) -> tuple[int, dict[str, Any]]:
 
 @pytest.mark.slow
 def test_every_arm_runs_and_the_report_is_written(tmp_path: Path) -> None:
-    code, result = measured(tmp_path / "one.json", "--per-step", "1,3")
+    code, result = measured(tmp_path / "one.json", "--per-step", "1,3", "--check-peers")
     assert code == 0
     assert {(row["arm"], row["per_step"]) for row in result["rows"]} == {
         (arm, per_step) for arm in "abcdefg" for per_step in (1, 3)
     }
     assert not [row["error"] for row in result["rows"] if row.get("error")]
     assert result["checks"]["tiny"]["same_tokens"] == result["checks"]["tiny"]["calls"]
+    agreement = result["checks"]["tiny"]["agreement"]
+    assert set(agreement) == {"d against c", "f against e", "g against e"}
+    assert max(agreement.values()) < 1e-4
     ours = next(row for row in result["rows"] if row["arm"] == "g")
     assert ours["refreshes"] == 2
     assert ours["step_ms"] > ours["floor_ms"] > 0

@@ -46,12 +46,14 @@ def arguments(name: str, rows: int = 5, length: int = 23, masked: bool = True) -
     blocks[:, 0] = 1
     sinks = torch.tensor([[0, 9, -1], [2, 3, -1]])
     weight = normal(2, rows).abs()
+    logits = 0.3 * q @ k.repeat_interleave(2, 1).mT
+    lse = (logits if mask is None else logits + mask).logsumexp(-1)
     return {
         "attention": (q, k, v, mask, 0.3),
         "attention_with_lse": (q, k, v, mask, 0.3),
         "block_summaries": (k, 4, "bound"),
         "select_blocks": (q, weight, normal(2, 2, total, 8), candidates, keep),
-        "capture_sinks": (q, k, weight, mask, candidates * 4, 3, 0.3),
+        "capture_sinks": (q, k, lse, weight, mask, candidates * 4, 3, 0.3),
         "sparse_attention": (q, k, v, blocks, sinks, candidates, 4, mask, 0.3),
         "confidence": (normal(2, rows, length),),
     }[name]

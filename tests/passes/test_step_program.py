@@ -17,7 +17,10 @@ from tests.graphs import TracedGraph, op_names, trace
 from tests.models import ModelSpec, build
 
 torch.set_num_threads(1)
-SITE_OPS = ("attention", "sparse_attention", "select_blocks", "capture_sinks", "block_summaries")
+SITE_OPS = (
+    *("attention", "attention_with_lse", "sparse_attention", "select_blocks", "capture_sinks"),
+    "block_summaries",
+)
 
 
 def traced(layers: int = 4, batch: int = 2, dynamic: bool = False, **options: Any) -> TracedGraph:
@@ -45,21 +48,19 @@ def count(gm: Any) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"dense_layers": 1}, (2, 2, 2, 1, 2)),
-        ({"dense_layers": 0, "dense_tail_layers": 1}, (2, 2, 2, 1, 2)),
-        ({"dense_layers": 0}, (1, 3, 3, 1, 3)),
-        ({"dense_layers": 3}, (4, 0, 0, 0, 0)),
-        ({"policy": "dual-cache"}, (4, 0, 0, 0, 0)),
+        ({"dense_layers": 1}, (1, 1, 2, 2, 1, 2)),
+        ({"dense_layers": 0, "dense_tail_layers": 1}, (1, 1, 2, 2, 1, 2)),
+        ({"dense_layers": 0}, (0, 1, 3, 3, 1, 3)),
+        ({"dense_layers": 3}, (4, 0, 0, 0, 0, 0)),
+        ({"policy": "dual-cache"}, (4, 0, 0, 0, 0, 0)),
     ],
     ids=str,
 )
-def test_each_region_has_its_ops(
-    options: dict[str, Any], expected: tuple[int, int, int, int, int]
-) -> None:
+def test_each_region_has_its_ops(options: dict[str, Any], expected: tuple[int, ...]) -> None:
     graph = traced(**options)
     refresh, step = built(graph)
-    assert count(step) == dict(zip(SITE_OPS, (*expected[:4], 0), strict=True))
-    assert count(refresh) == dict(zip(SITE_OPS, (4, 0, 0, 0, expected[4]), strict=True))
+    assert count(step) == dict(zip(SITE_OPS, (*expected[:5], 0), strict=True))
+    assert count(refresh) == dict(zip(SITE_OPS, (4, 0, 0, 0, 0, expected[5]), strict=True))
 
 
 def test_inputs_are_the_models_then_the_steps_then_the_state() -> None:
@@ -102,7 +103,7 @@ def test_the_step_writes_its_rows_before_it_attends() -> None:
         if "index_put_" in name or "attention" in name or "capture_sinks" in name
     ]
     assert order == [
-        *("index_put_", "index_put_", "capture_sinks", "attention"),
+        *("index_put_", "index_put_", "attention_with_lse", "capture_sinks"),
         *("index_put_", "index_put_", "sparse_attention"),
     ]
 
