@@ -38,6 +38,21 @@ class KeyList:
     key_block: int
 
 
+def tiling_for(q: Tensor, k: Tensor, mask: Tensor | None) -> Tiling:
+    """What `attend` takes for these tensors."""
+    batch, heads, rows, width = q.shape
+    kv_heads, length = k.shape[1], k.shape[2]
+    return choose_tiling(
+        batch * kv_heads,
+        heads // kv_heads * rows,
+        length,
+        width,
+        q.element_size(),
+        mask is not None,
+        device_limits(q.device),
+    )
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -52,21 +67,16 @@ def attend(
 
     Args:
         lse: contiguous [B, H, R] float32 to receive what `attention_with_lse` returns.
-        tiling: in place of `choose_tiling`'s.
+        tiling: in place of `tiling_for`'s.
 
     Returns:
         [B, H, R, d], dtype of q, contiguous.
     """
     batch, heads, rows, width = q.shape
-    kv_heads, length = k.shape[1], k.shape[2]
     out = q.new_empty(q.shape)
     if batch * heads * rows == 0:
         return out
-    packed = heads // kv_heads * rows
-    if tiling is None:
-        tiling = choose_tiling(
-            batch * kv_heads, packed, length, width, q.element_size(), device_limits(q.device)
-        )
+    tiling = tiling or tiling_for(q, k, mask)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         if tiling.splits == 1:
             _launch(q, k, v, mask, scale, keys, out, None, lse, tiling)
@@ -198,19 +208,19 @@ def _attend_share(  # type: ignore[no-untyped-def]
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    column = tl.arange(0, BLOCK_N)
-    ids = _block_ids(start * BLOCK_N + column, blocks, kept, KEY_BLOCK)
-    for tile in range(start, full):
-        n = tile * BLOCK_N + column
+    n = start * BLOCK_N + tl.arange(0, BLOCK_N)
+    ids = _block_ids(n, blocks, kept, KEY_BLOCK)
+    for _ in range(start, full):
         ahead = _block_ids(n + BLOCK_N, blocks, kept, KEY_BLOCK)  # a tile before K waits for it
         tokens = _tokens(n, ids, kept, tail, KEY_BLOCK)
         top, total, acc = _attend_tile(
             query, factor, k, v, mask, tokens, n >= 0, real, inside, top, total, acc,
             k_t, v_t, m_t, MASK, PRECISION, HEAD_DIM < BLOCK_D, False,
         )  # fmt: skip
+        n += BLOCK_N  # carried: from the tile's number, Triton 3.9 would not pipeline the loop
         ids = ahead
     for tile in tl.range(full, end, num_stages=1):  # the last tile of the list, where not full
-        n = tile * BLOCK_N + column
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         tokens = _tokens(n, _block_ids(n, blocks, kept, KEY_BLOCK), kept, tail, KEY_BLOCK)
         top, total, acc = _attend_tile(
             query, factor, k, v, mask, tokens, n < listed, real, inside, top, total, acc,

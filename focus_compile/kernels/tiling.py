@@ -8,7 +8,7 @@ import triton
 
 MOST_SPLITS = 32
 TILES_A_SPLIT = 4
-SCRATCH = 4096  # bytes of shared memory that reductions and masks take
+SCRATCH = 4096  # bytes of shared memory that reductions take
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,13 @@ def device_limits(device: torch.device) -> Device:
 
 @functools.lru_cache(maxsize=4096)
 def choose_tiling(
-    planes: int, packed: int, length: int, width: int, itemsize: int, device: Device
+    planes: int,
+    packed: int,
+    length: int,
+    width: int,
+    itemsize: int,
+    masked: bool,
+    device: Device,
 ) -> Tiling:
     """The tiling for `planes` = B * Hkv kv heads, `packed` rows each, T = `length` keys of `width`.
 
@@ -56,12 +62,14 @@ def choose_tiling(
         block_m, block_n, stages = 16, 32, 2
     else:
         block_m = _rows_a_tile(packed)
-        block_n, stages = (128, 2) if packed > block_m == 128 else (64, 3 if block_m == 128 else 4)
+        wide = packed > block_m == 128 and not masked
+        block_n, stages = (128, 2) if wide else (64, 3 if block_m == 128 else 4)
     block_d = padded(width)
     row_bytes = block_d * itemsize
 
     def shared() -> int:
-        return block_m * row_bytes + stages * 2 * block_n * row_bytes + SCRATCH
+        mask = 4 * block_m * block_n if masked else 0
+        return block_m * row_bytes + stages * 2 * block_n * row_bytes + mask + SCRATCH
 
     while shared() > device.shared_memory and stages > 1:
         stages -= 1

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import sympy
 import torch
 from torch import fx
 
 from focus_compile.passes.graph_tools import concrete, fake_of, user_line
+from focus_compile.passes.value_ranges import range_of
 from focus_compile.patterns.match import NEGLIGIBLE
 from focus_compile.plan import Refusal
 
@@ -21,7 +23,7 @@ __all__ = ["FoldConstantMasks"]
 
 MASK = 3
 LARGEST = 1 << 27
-"""Masks of more elements than this are not evaluated."""
+"""Masks of more elements than this are judged by their ranges of values only."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ def _judge(
     gm: fx.GraphModule, mask: fx.Node, buffers: Mapping[str, torch.Tensor]
 ) -> tuple[bool, bool]:
     """(keeps everything at every call, hides every later key from every query)."""
+    if _hides_nothing(mask):
+        return True, False
     order = _ancestors(mask)
     inputs = [n for n in order if n.op == "placeholder"]
     fake = fake_of(mask)
@@ -76,6 +80,14 @@ def _judge(
     if value.dtype != torch.bool and constant:
         return bool((value == 0).all()), _is_causal(keeps)
     return constant and bool(keeps.all()), _is_causal(keeps)
+
+
+def _hides_nothing(mask: fx.Node) -> bool:
+    """Whether all elements are True, or add zero, whatever the sizes."""
+    values = range_of(mask)
+    if values is None or not values.is_singleton():
+        return False
+    return values.lower == (sympy.true if fake_of(mask).dtype == torch.bool else 0)
 
 
 def _negligible(dtype: torch.dtype) -> float:

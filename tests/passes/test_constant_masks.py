@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from focus_compile.passes import constant_masks
 from focus_compile.passes.constant_masks import FoldConstantMasks
 from focus_compile.passes.match_attention import MatchAttention
 from focus_compile.passes.remove_no_ops import RemoveNoOps
@@ -119,8 +120,29 @@ def test_causal_masks_are_reported(name: str) -> None:
     assert "test_constant_masks.py" in refusal.where
 
 
-@pytest.mark.parametrize("mask", [TRIVIAL["ones"], KEPT["window"]], ids=["ones", "window"])
-def test_a_mask_of_symbolic_length_is_known_for_one_length_only(mask: Mask) -> None:
+BY_RANGE = ["ones", "zeros added", "materialised"]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", BY_RANGE)
+def test_values_that_are_one_value_at_every_length_need_no_evaluation(
+    monkeypatch: pytest.MonkeyPatch, name: str, dynamic: bool
+) -> None:
+    """Long contexts: a mask of 32K x 32K is never made."""
+    monkeypatch.setattr(constant_masks, "LARGEST", 0)
+    gm, _, dropped = folded(TRIVIAL[name], dynamic)
+    assert dropped == 1
+    assert mask_of(gm) is None
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_ranges_never_drop_a_mask_that_hides(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(constant_masks, "LARGEST", 0)
+    assert folded(KEPT[name])[2] == 0
+
+
+@pytest.mark.parametrize("mask", [TRIVIAL["own distance"], KEPT["window"]], ids=["all", "window"])
+def test_a_mask_that_depends_on_the_length_is_known_for_one_length_only(mask: Mask) -> None:
     gm, folding, dropped = folded(mask, dynamic=True)
     assert dropped == 0
     assert mask_of(gm) is not None

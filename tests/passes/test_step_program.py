@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from focus_compile.errors import PassError
-from focus_compile.passes.refresh_program import BuildRefresh
+from focus_compile.passes.refresh_program import REFRESH_INPUTS, BuildRefresh
 from focus_compile.passes.row_builder import cache_names
 from focus_compile.passes.step_program import STEP_INPUTS, BuildStep
 from focus_compile.plan import Plan
@@ -70,7 +70,8 @@ def test_inputs_are_the_models_then_the_steps_then_the_state() -> None:
     names = [n.name for n in step.graph.find_nodes(op="placeholder")]
     state = cache_names(graph.plan)
     assert names == [*model, *STEP_INPUTS, *state]
-    assert [n.name for n in refresh.graph.find_nodes(op="placeholder")] == [*model, *state]
+    names = [n.name for n in refresh.graph.find_nodes(op="placeholder")]
+    assert names == [*model, *REFRESH_INPUTS, *state]
     assert state[:2] == ["key_cache_0", "value_cache_0"]
     assert state[-2:] == ["summaries_2", "summaries_3"]
 
@@ -106,6 +107,23 @@ def test_the_step_writes_its_rows_before_it_attends() -> None:
         *("index_put_", "index_put_", "attention_with_lse", "capture_sinks"),
         *("index_put_", "index_put_", "sparse_attention"),
     ]
+
+
+def test_a_refresh_of_the_response_leaves_the_last_layer_early() -> None:
+    """All rows make keys and values; attention, MLP and head of the last layer see some rows."""
+    graph = traced(layers=2, dense_layers=0)
+    everything, _ = built(graph)
+    response, _ = built(graph, replace(graph.plan, logits_rows="response"))
+    assert count(everything) == count(response)
+    (last,) = [n for n in response.graph.nodes if n.name == "attention_default_1"]
+    query, key = last.args[:2]
+    assert "copy_" in str(key.target)
+    sizes = {"linear": 0, "index": 0}
+    for node in response.graph.nodes:
+        for name in sizes:
+            sizes[name] += f"aten.{name}." in str(node.target)
+    assert sizes["index"] > op_names(everything).count("aten.index.Tensor")
+    assert query in last.all_input_nodes
 
 
 def test_a_row_that_cannot_be_selected_is_an_error_with_its_name() -> None:
