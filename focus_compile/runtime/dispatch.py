@@ -117,8 +117,10 @@ class Dispatcher:
         held, flags = slot.trajectory, None
         why = why_not_comparable(held, self, call, current_stream(call.ids))
         if why is None and held is not None:
-            flags = self._observe(held, call)
-            why = why_not_continued(held, call, flags)
+            pending = self._observe(held, call)
+            same_weights = held.weights.are(call.weights)  # while the device compares the ids
+            flags = Flags(*pending.tolist())
+            why = why_not_continued(same_weights, flags)
         if not (self._any_masked(args) if flags is None else flags.masked):
             return self._exact(args, _NO_MASKS)
         slot.trajectory = None
@@ -147,17 +149,16 @@ class Dispatcher:
         slot.trajectory = held
         return outputs, entry
 
-    def _observe(self, trajectory: Trajectory, call: CallInputs) -> Flags:
-        """Compare the call with the trajectory on its device; the one wait of a step."""
+    def _observe(self, trajectory: Trajectory, call: CallInputs) -> Tensor:
+        """Compare the call with the trajectory on its device: the `Flags`, not waited for."""
         policy = self.policy
         assert policy is not None
         trajectory.incoming.copy_(call.ids)
         compare_inputs(trajectory, call)
-        flags = trajectory.graphs.run(
+        return trajectory.graphs.run(
             "observe",
             lambda: observe(trajectory, policy, self._mask_token_id, self.config.block_length),
         )
-        return Flags(*flags.tolist())
 
     def _why_cannot_begin(self, call: CallInputs) -> str | None:
         if any(weight.is_inference() for weight in call.weights):

@@ -65,9 +65,9 @@ def compare_inputs(trajectory: Trajectory, call: CallInputs) -> None:
         trajectory.same_inputs.logical_and_(torch.eq(mine, given).all())
 
 
-def why_not_continued(trajectory: Trajectory, call: CallInputs, flags: Flags) -> str | None:
+def why_not_continued(same_weights: bool, flags: Flags) -> str | None:
     """None where a comparable call continues the trajectory, else what broke it."""
-    if not trajectory.weights.are(call.weights):
+    if not same_weights:
         return "the weights changed"
     if not flags.same_inputs:
         return "another input changed"

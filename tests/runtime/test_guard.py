@@ -50,7 +50,7 @@ def why(held: Any, ids: Tensor, *, weights: Any = (), guarded: Any = (), numbers
     if reason is not None:
         return reason
     compare_inputs(held, call)
-    return why_not_continued(held, call, flags_of(held, ids))
+    return why_not_continued(held.weights.are(call.weights), flags_of(held, ids))
 
 
 def test_decoding_continues() -> None:
