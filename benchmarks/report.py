@@ -39,7 +39,7 @@ def main(
         results.write(merged, result)
     drawn = draw(result, out.parent / "images")
     if not drawn:
-        console.print('no plots: pip install "focus-compile[benchmarks]"')
+        console.print('no plots: pip install "focus-compile\\[benchmarks]"')
     links = {
         part: [file.relative_to(out.parent).as_posix() for file in images]
         for part, images in drawn.items()

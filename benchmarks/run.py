@@ -72,7 +72,7 @@ def begin(file: Path, where: dict[str, Any], reuse: Path | None) -> dict[str, An
     """The file's result with this run's environment; checks of the same code and device stand."""
     result = results.load(file)
     stands = [found for found in (result, results.load(reuse) if reuse else None) if found]
-    checks = {}
+    checks: dict[str, Any] = {}
     for found in stands:
         if found.get("environment", {}).get("device") == where["device"]:
             checks |= {
@@ -90,12 +90,20 @@ def listed(text: str, kind: Any) -> list[Any]:
 @app.command()
 def main(
     suite: Annotated[str, typer.Option(help="gpu or cpu: goes into the rows.")] = "gpu",
-    quick: Annotated[bool, typer.Option(help="llada at 8K and 32K, alpha .5 only.")] = False,
-    models: str = "llada,dream",
-    contexts: Annotated[str, typer.Option(help="Prompt tokens.")] = "8192,16384,24576,32768",
+    quick: Annotated[
+        bool, typer.Option(help="llada at 8K and 32K, one token a call, alpha .5, unless given.")
+    ] = False,
+    models: Annotated[str | None, typer.Option(help="[default: llada,dream]")] = None,
+    contexts: Annotated[
+        str | None, typer.Option(help="Prompt tokens. [default: 8192,16384,24576,32768]")
+    ] = None,
     blocks: Annotated[str, typer.Option(help="Decode block lengths.")] = "32,64",
-    per_step: Annotated[str, typer.Option(help="Tokens committed a call.")] = "1,2,3",
-    alphas: Annotated[str, typer.Option(help="Shares of prompt blocks kept.")] = ".5,.25",
+    per_step: Annotated[
+        str | None, typer.Option(help="Tokens committed a call. [default: 1,2,3]")
+    ] = None,
+    alphas: Annotated[
+        str | None, typer.Option(help="Shares of prompt blocks kept. [default: .5,.25]")
+    ] = None,
     arms: str = ",".join(ARMS),
     gen_length: int = 256,
     rounds: Annotated[int, typer.Option(help="Timed blocks, or vanilla calls.")] = 3,
@@ -122,11 +130,11 @@ def main(
     file = json_file or default_file(suite, where["device"])
     work = Workload(
         suite,
-        ["llada"] if quick else listed(models, str),
-        [8192, 32768] if quick else listed(contexts, int),
-        [64, 32] if quick else listed(blocks, int),
-        [1] if quick else listed(per_step, int),
-        [0.5] if quick else listed(alphas, float),
+        listed(models or ("llada" if quick else "llada,dream"), str),
+        listed(contexts or ("8192,32768" if quick else "8192,16384,24576,32768"), int),
+        listed(blocks, int),
+        listed(per_step or ("1" if quick else "1,2,3"), int),
+        listed(alphas or (".5" if quick else ".5,.25"), float),
         arms.replace(",", ""),
         gen_length,
         rounds,

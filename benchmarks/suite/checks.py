@@ -125,7 +125,7 @@ def _context(shape: Shape) -> int:
 def _row_error(ours: Tensor, theirs: Tensor) -> float:
     ours, theirs = ours.float(), theirs.float()
     error = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-12)
-    return float("nan") if not bool(error.isfinite().all()) else float(error.max())
+    return float(error.max()) if bool(error.isfinite().all()) else float("inf")
 
 
 def check_measurement(arm: str, measured: Measurement) -> None:

@@ -64,7 +64,7 @@ def _save(plot: Callable[[Any], None], title: str, file: Path) -> None:
 
 def _speedup(axes: Any, entries: list[Entry]) -> None:
     for block in sorted({entry.block for entry in entries}):
-        for letter, label in PEERS.items():
+        for number, (letter, label) in enumerate(PEERS.items()):
             points = [
                 (e.context, ratio)
                 for e in entries
@@ -72,10 +72,21 @@ def _speedup(axes: Any, entries: list[Entry]) -> None:
             ]
             if points:
                 line = "-" if block >= 64 else "--"
-                axes.plot(*zip(*points, strict=True), line, marker="o", label=f"{label}, {block}")
-    axes.set_xlabel("prompt tokens")
+                name = f"{label}, block {block}"
+                axes.plot(
+                    *zip(*points, strict=True), line, color=f"C{number}", marker="o", label=name
+                )
+    _contexts(axes, entries)
     axes.set_ylabel("times faster, 256 tokens")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+
+
+def _contexts(axes: Any, entries: list[Entry]) -> None:
+    contexts = sorted({entry.context for entry in entries})
+    axes.set_xticks(contexts, [f"{context / 1024:g}K" for context in contexts])
+    axes.set_xlabel("prompt tokens")
 
 
 def _split(axes: Any, entries: list[Entry]) -> None:
@@ -113,6 +124,6 @@ def _roofline(axes: Any, entries: list[Entry], ceilings: dict[str, float]) -> No
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=f"({letter})")
     axes.axhline(ceilings["copy_tb_s"], color="black", linestyle=":", label="copy bandwidth")
-    axes.set_xlabel("prompt tokens")
+    _contexts(axes, entries)
     axes.set_ylabel("TB/s that a step needed to read")
     axes.set_ylim(bottom=0)

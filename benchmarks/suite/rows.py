@@ -51,6 +51,7 @@ class RowMaker:
             "step_ms_p90": step.get("p90"),
             "step_device_ms": step.get("device_ms"),
             "sampler_ms": measured.sampler_ms,
+            "one_off_s": measured.one_off_s,
             "peak_gib": measured.peak_gib,
             "launches": measured.launches,
             "host_launches": measured.host_launches,

@@ -86,6 +86,7 @@ def _calls(entries: list[Entry]) -> str:
         "step ms (p10–p90)",
         "of floor",
         "TB/s",
+        "once s",
         "rows → padded",
         "launches (host)",
         "peak GiB",
@@ -102,7 +103,9 @@ def _calls(entries: list[Entry]) -> str:
     return (
         f"### Calls, at {first.per_step} a call and α={first.alpha:g}\n\n"
         "A vanilla call stands under *step*. *Of floor*: times the least that this run's copy "
-        "bandwidth and GEMM speed allow. *Break-even*: against (a).\n\n" + table(header, rows)
+        "bandwidth and GEMM speed allow. *Once*: what a new sequence's steps took beyond their "
+        "median, such as captures; the totals include it. *Break-even*: against (a).\n\n"
+        + table(header, rows)
     )
 
 
@@ -126,6 +129,7 @@ def _call_row(entry: Entry, letter: str, row: dict[str, Any]) -> list[Any]:
         step,
         row.get("step_over_floor"),
         row.get("step_tb_s"),
+        row.get("one_off_s"),
         padded,
         launches,
         row.get("peak_gib"),

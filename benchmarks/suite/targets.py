@@ -98,7 +98,9 @@ def _long(device: str, short: str, entries: list[Entry]) -> list[Verdict]:
     for entry in entries:
         if entry.context != LONG or entry.per_step != 1 or entry.alpha != largest:
             continue
-        limits = {arm: OVER_VANILLA.get((short, entry.block, arm)) for arm in "ba"}
+        limits: dict[str, float | None] = {
+            arm: OVER_VANILLA.get((short, entry.block, arm)) for arm in "ba"
+        }
         if entry.block == 64:
             limits["c"] = OVER_FAST_DLLM
         for arm, limit in limits.items():

@@ -6,6 +6,7 @@ subset of rows over fresh K/V, with all keys kept, must equal the same rows of d
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from focus_compile.runtime.trajectory import Trajectory
 
 __all__ = ["check_plan"]
 
+log = logging.getLogger(__name__)
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 """Largest relative error of a row, ||row - dense row|| / ||dense row||."""
 MOST_ROWS = 16
@@ -33,16 +35,20 @@ def check_plan(
 ) -> str | None:
     """None if refresh and a strict subset of rows agree with `original`, else what differs.
 
-    The trajectory has just been refreshed with `args`.
+    The trajectory has just been refreshed with `args`. Where the device has no memory for a forward
+    of `original`, op by op, the subset is compared with the rows of the refresh.
     """
-    with torch.no_grad():
-        dense = original(*args)
-    dense = dense if isinstance(dense, (tuple, list)) else (dense,)
-    for latest, theirs in zip(trajectory.outputs, dense, strict=True):
-        error = _worst_row(latest.master, theirs[:, latest.first :])
-        if not error <= _tolerance(theirs):
-            return f"the refresh program differs from the model by {error:.2g}"
-    active = _random_strict_subset(trajectory.ids)
+    dense = _forward(original, args)
+    first = 0
+    if dense is None:
+        first = trajectory.first_row
+        dense = [latest.master for latest in trajectory.outputs]
+    else:
+        for latest, theirs in zip(trajectory.outputs, dense, strict=True):
+            error = _worst_row(latest.master, theirs[:, latest.first :])
+            if not error <= _tolerance(theirs):
+                return f"the refresh program differs from the model by {error:.2g}"
+    active = _random_strict_subset(trajectory.ids, first)
     length, device = trajectory.ids.shape[1], trajectory.ids.device
     packed = pack_rows(
         active, active, bucket_for(int(active.sum(1).max()), buckets, length, device.type)
@@ -52,19 +58,31 @@ def check_plan(
     )
     for ours, theirs in zip(rows, dense, strict=False):
         sequences = torch.arange(theirs.shape[0], device=theirs.device)[:, None]
-        error = _worst_row(ours, theirs[sequences, packed.rows])
+        error = _worst_row(ours, theirs[sequences, packed.rows - first])
         if not error <= _tolerance(theirs):
             return f"rows computed alone differ from the model by {error:.2g}"
     return None
 
 
-def _random_strict_subset(ids: Tensor) -> Tensor:
-    """Between 1 and length - 1 rows of each sequence, bool [batch, length]."""
-    batch, length = ids.shape
+def _forward(original: fx.GraphModule, args: Sequence[Any]) -> Sequence[Tensor] | None:
+    """The outputs of the user's own graph; None where there is no memory for them."""
+    try:
+        with torch.no_grad():
+            dense = original(*args)
+    except torch.OutOfMemoryError:
+        log.info("no memory for the model's own forward; rows are compared with the refresh")
+        return None
+    return dense if isinstance(dense, (tuple, list)) else (dense,)
+
+
+def _random_strict_subset(ids: Tensor, first: int) -> Tensor:
+    """Some rows of each sequence from `first` on, but not all, bool [batch, length]."""
+    batch, length = ids.shape[0], ids.shape[1] - first
     count = min(MOST_ROWS, length - 1)
     generator = torch.Generator().manual_seed(length)
     order = torch.rand(batch, length, generator=generator).argsort(1)[:, :count]
     chosen = torch.zeros(batch, length, dtype=torch.bool).scatter(1, order, True)
+    chosen = torch.nn.functional.pad(chosen, (first, 0))
     return chosen.to(ids.device)
 
 

@@ -184,6 +184,9 @@ def test_totals_are_composed_from_refreshes_and_steps() -> None:
     found = Measurement([], timed, blocks=2)
     # Four blocks of three calls: 300 + 3 x 200 + 8 x 10 + 12 x 1 ms.
     assert found.total_s(4, 3) == pytest.approx(0.992)
+    found.calls.append(Call(Ran("step", 1, 1), 60.0, None, 1.0, True))  # a capture
+    assert found.one_off_s == pytest.approx(0.05)
+    assert found.total_s(4, 3) == pytest.approx(1.042)
     vanilla = Measurement([], calls("vanilla", "vanilla"), blocks=2)
     assert vanilla.total_s(4, 3) == pytest.approx(12 * 1.1e-3)
 

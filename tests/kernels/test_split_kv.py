@@ -316,10 +316,11 @@ def test_a_captured_graph_follows_the_ids(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("limits", [H100, Device(108, 166912), Device(128, 101376)])
 @pytest.mark.parametrize("width", [16, 64, 80, 128, 256])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_tilings_fit(limits: Device, width: int, itemsize: int) -> None:
+@pytest.mark.parametrize("masked", [True, False])
+def test_tilings_fit(limits: Device, width: int, itemsize: int, masked: bool) -> None:
     for packed in (1, 16, 64, 65, 128, 129, 448, 3000):
         for length in (0, 1, 100, 8192, 2**20):
-            t = choose_tiling(32, packed, length, width, itemsize, limits)
+            t = choose_tiling(32, packed, length, width, itemsize, masked, limits)
             padded = 1 << max(4, (width - 1).bit_length())
             shared = (t.block_m + 2 * t.stages * t.block_n) * padded * itemsize
             assert shared <= limits.shared_memory

@@ -13,6 +13,7 @@ import focus_compile
 from focus_compile.errors import SelfCheckError
 from focus_compile.fallback import FocusWarning
 from focus_compile.lowering.program import Program
+from focus_compile.runtime import dispatch
 from focus_compile.runtime.self_check import _random_strict_subset, _worst_row
 from tests.compiled import compiled, run_call
 from tests.runtime.tiny import OPTIONS, assert_own, decided, prompt, tiny_model
@@ -59,6 +60,24 @@ def test_a_wrong_program_is_never_used(
         assert_own(logits, model, ids)
 
 
+@pytest.mark.parametrize("logits", ["all", "response"])
+def test_without_memory_for_the_models_forward_rows_are_checked_against_the_refresh(
+    broken: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, logits: str
+) -> None:
+    def no_memory(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("injected")
+
+    check = dispatch.check_plan
+    monkeypatch.setattr(dispatch, "check_plan", lambda p, _, *rest: check(p, no_memory, *rest))
+    assert (
+        run_call(compiled(tiny_model(), **OPTIONS, logits=logits), prompt())[1].program != "exact"
+    )
+    broken("step")
+    focus: Any = compiled(tiny_model(), **OPTIONS, logits=logits)
+    with pytest.warns(FocusWarning, match="rows computed alone differ"), torch.no_grad():
+        focus(prompt())
+
+
 def test_strict_raises_every_time(broken: Callable[[str], None]) -> None:
     """Not only at the first call: whoever catches the error must not get wrong answers later."""
     broken("step")
@@ -69,8 +88,6 @@ def test_strict_raises_every_time(broken: Callable[[str], None]) -> None:
 
 
 def test_a_right_program_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from focus_compile.runtime import dispatch
-
     calls = []
     check = dispatch.check_plan
     monkeypatch.setattr(dispatch, "check_plan", lambda *a: calls.append(1) or check(*a))
@@ -84,8 +101,10 @@ def test_a_right_program_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 2), (3, 5), (2, 64)])
 def test_the_subset_is_strict(batch: int, length: int) -> None:
-    chosen = _random_strict_subset(torch.zeros(batch, length)).sum(1)
-    assert ((chosen >= 1) & (chosen < length)).all()
+    for first in {0, length - 2}:
+        chosen = _random_strict_subset(torch.zeros(batch, length), first)
+        assert not chosen[:, :first].any()
+        assert ((chosen.sum(1) >= 1) & (chosen.sum(1) < length - first)).all()
 
 
 def test_the_error_is_that_of_the_worst_row() -> None:
