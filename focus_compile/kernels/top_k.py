@@ -76,11 +76,11 @@ def _launch(
         count,
         out,
         out if scores is None else scores,
+        parts.shape[1],
         parts.shape[2],
         out.shape[1] // segments,
         limit.stride(0),
         count.stride(0) if isinstance(count, Tensor) else 0,
-        PARTS=parts.shape[1],
         TILE=tile_of(parts.shape[1], block, warps),
         HAS_IDS=ids is not None,
         HAS_SCORES=scores is not None,
@@ -91,19 +91,20 @@ def _launch(
 
 
 def _by_sorting(parts: Tensor, limit: Tensor, count: Tensor | int, width: int) -> Tensor:
-    """`choose_highest` of more scores than a program holds, in plain torch."""
+    """`choose_highest` of more scores than a program holds, in plain torch that does not sync."""
     batch, _, length = parts.shape
     scores = torch.zeros((batch, length), dtype=parts.dtype, device=parts.device)
     for part in parts.unbind(1):  # one by one: every column in the same order
         scores += part
     position = torch.arange(length, device=parts.device)
-    inside = position < limit[:, None]
-    scores = scores.nan_to_num(torch.inf, torch.inf, -torch.inf).where(inside, -torch.inf)
+    scores.nan_to_num_(torch.inf, torch.inf, -torch.inf)
+    scores.masked_fill_(position >= limit[:, None], -torch.inf)
     order = scores.sort(dim=1, descending=True, stable=True).indices
-    wanted = limit.clamp(0, length).minimum(torch.as_tensor(count, device=parts.device))
-    order = order.where(position < wanted[:, None], length).sort(1).values[:, :width]
+    wanted = limit.clamp(0, length)
+    wanted = wanted.minimum(count) if isinstance(count, Tensor) else wanted.clamp(max=count)
+    order = order.masked_fill(position >= wanted[:, None], length).sort(1).values[:, :width]
     order = torch.nn.functional.pad(order, (0, max(width - length, 0)), value=length)
-    return order.where(order < length, -1)
+    return order.masked_fill(order == length, -1)
 
 
 @triton.jit
@@ -114,11 +115,11 @@ def _choose_kernel(
     count_ptr: tl.tensor,
     out_ptr: tl.tensor,
     scores_ptr: tl.tensor,
+    parts: tl.tensor,
     length: tl.tensor,
     width: tl.tensor,
     limit_stride: tl.tensor,
     count_stride: tl.tensor,
-    PARTS: tl.constexpr,
     TILE: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_SCORES: tl.constexpr,
@@ -134,7 +135,7 @@ def _choose_kernel(
     b = tl.program_id(1).to(tl.int64)
     position = segment * BLOCK + tl.arange(0, BLOCK)
     inside = position < length
-    score = sum_parts(parts_ptr + b * PARTS * length, position, inside, length, PARTS, TILE, BLOCK)
+    score = sum_parts(parts_ptr + b * parts * length, position, inside, parts, length, TILE, BLOCK)
     if HAS_IDS:
         ids = tl.load(ids_ptr + b * length + position, mask=inside, other=-1)
         valid = ids >= 0
@@ -164,18 +165,18 @@ def sum_parts(
     parts_ptr: tl.tensor,
     position: tl.tensor,
     inside: tl.tensor,
+    parts: tl.tensor,
     length: tl.tensor,
-    PARTS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """Sum over parts [PARTS, length] float32 at `position` [BLOCK], past the L1 cache."""
+    """Sum over [parts, length] float32 at `position` [BLOCK], past the L1 cache."""
     total = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, PARTS, TILE):
+    for first in range(0, parts, TILE):
         part = first + tl.arange(0, TILE)
         tile = tl.load(
             parts_ptr + part[:, None] * length + position[None, :],
-            mask=(part < PARTS)[:, None] & inside[None, :],
+            mask=(part < parts)[:, None] & inside[None, :],
             other=0.0,
             cache_modifier=".cg",
         )

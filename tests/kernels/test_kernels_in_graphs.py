@@ -14,18 +14,18 @@ from focus_compile.kernels.sink_capture import kernel as sinks_kernel
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("one_launch", [False, True])
-def test_all_are_captured_in_a_cuda_graph(one_launch: bool) -> None:
-    """And a replay reads what its inputs hold by then."""
+@pytest.mark.parametrize(("length", "one_launch"), [(700, False), (700, True), (5000, False)])
+def test_all_are_captured_in_a_cuda_graph(length: int, one_launch: bool) -> None:
+    """And a replay reads what its inputs hold by then. 5,000 are more than one program holds."""
     torch.manual_seed(0)
-    q, k = torch.randn(2, 8, 9, 64), torch.randn(2, 2, 700, 64)
+    q, k = torch.randn(2, 8, 9, 64), torch.randn(2, 2, length, 64)
     weight, logits = torch.ones(2, 9), torch.randn(2, 9, 5000)
-    limits = [torch.tensor([700, 300]), torch.tensor([20, 40])]
+    limits = [torch.tensor([length, 300]), torch.tensor([20, 40])]
+    lse = torch.full((2, 8, 9), 20.0, device="cuda")
     tensors = [t.cuda() for t in (q, k, weight, logits, *limits)]
 
     def run() -> list[Tensor]:
         q, k, weight, logits, limit, keep = tensors
-        lse = (q.unflatten(1, (2, 4)) @ k[:, :, None].mT).logsumexp(-1).flatten(1, 2)
         blocks = blocks_kernel.select_blocks(q, weight, k, limit, keep, one_launch)
         sinks = sinks_kernel.capture_sinks(q, k, lse, weight, None, limit, 16, 1.0)
         return [blocks, sinks, *confidence_kernel.confidence(logits)]

@@ -61,23 +61,13 @@ def _score(
     _, kv_heads, blocks, wide = summaries.shape
     group = heads // kv_heads
     padded = triton.next_power_of_2(width)
+    everything = block_of(blocks) if choose else 1
     tile = _tile(batch * kv_heads, blocks, padded * q.element_size() * (wide // width))
     _score_kernel[(triton.cdiv(blocks, tile), kv_heads, batch)](
-        q,
-        weight,
-        summaries,
-        parts,
-        candidates,
-        keep,
-        out,
+        q, weight, summaries, parts, candidates, keep, out,
         _tickets(q.device, batch) if choose else out,
-        rows,
-        blocks,
-        *q.stride(),
-        *weight.stride(),
-        *summaries.stride(),
-        candidates.stride(0),
-        keep.stride(0),
+        rows, blocks,
+        *q.stride(), *weight.stride(), *summaries.stride(), candidates.stride(0), keep.stride(0),
         GROUP=group,
         WIDTH=width,
         BOUND=wide != width,
@@ -85,11 +75,10 @@ def _score(
         ROWS=min(max(triton.next_power_of_2(group * rows), 1), max(4096 // padded, 1)),
         BLOCKS=tile,
         CHOOSE=choose,
-        HEADS=kv_heads,
-        HEAD_TILE=tile_of(kv_heads, block_of(blocks), _WARPS),
-        ALL=block_of(blocks),
+        HEAD_TILE=tile_of(kv_heads, everything, _WARPS),
+        ALL=everything,
         num_warps=_WARPS,
-    )
+    )  # fmt: skip
 
 
 def _tile(lanes: int, blocks: int, size: int) -> int:
@@ -137,7 +126,6 @@ def _score_kernel(
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
     CHOOSE: tl.constexpr,
-    HEADS: tl.constexpr,
     HEAD_TILE: tl.constexpr,
     ALL: tl.constexpr,
 ) -> None:
@@ -179,7 +167,8 @@ def _score_kernel(
     product = first.to(tl.float32) * tl.sum(positive, 0)[None, :]
     if BOUND:
         product += second.to(tl.float32) * tl.sum(negative, 0)[None, :]
-    sequence_ptr = parts_ptr + b * HEADS * blocks
+    heads = tl.num_programs(1)
+    sequence_ptr = parts_ptr + b * heads * blocks
     tl.store(sequence_ptr + head * blocks + block, tl.sum(product, 1), mask=block < blocks)
 
     if CHOOSE:
@@ -189,7 +178,7 @@ def _score_kernel(
             tl.debug_barrier()
             position = tl.arange(0, ALL)
             score = sum_parts(
-                sequence_ptr, position, position < blocks, blocks, HEADS, HEAD_TILE, ALL
+                sequence_ptr, position, position < blocks, heads, blocks, HEAD_TILE, ALL
             )
             ids = position.to(tl.int64)
             limit = tl.load(candidates_ptr + b * candidates_b)

@@ -60,25 +60,10 @@ def attention_received(
     stage = (keys + row_tile) * padded * q.element_size()  # in bytes
     stage += 0 if shared else keys * row_tile * mask.element_size()
     _received_kernel[(tiles, parts, batch)](
-        q,
-        k,
-        lse,
-        weight,
-        mask,
-        limit,
-        out,
-        rows,
-        length,
-        kv_heads,
-        scale * 1.4426950408889634,
-        *q.stride(),
-        *k.stride(),
-        *lse.stride(),
-        *weight.stride(),
-        *mask.stride(),
-        limit.stride(0),
+        q, k, lse, weight, mask, limit, out,
+        rows, length, kv_heads, heads_a_part, scale * 1.4426950408889634,
+        *q.stride(), *k.stride(), *lse.stride(), *weight.stride(), *mask.stride(), limit.stride(0),
         GROUP=group,
-        HEADS=heads_a_part,
         WIDTH=width,
         MASK=kind,
         ONE_ROW_MASK=shared,
@@ -87,7 +72,7 @@ def attention_received(
         KEYS=keys,
         STAGES=min(max(_SHARED_MEMORY // stage, 1), 3),
         num_warps=8 if keys * row_tile >= 8192 else 4,
-    )
+    )  # fmt: skip
     return out
 
 
@@ -123,6 +108,7 @@ def _received_kernel(
     rows: tl.tensor,
     length: tl.tensor,
     kv_heads: tl.tensor,
+    heads_a_part: tl.tensor,
     scale: tl.tensor,
     q_b: tl.tensor,
     q_h: tl.tensor,
@@ -143,7 +129,6 @@ def _received_kernel(
     mask_t: tl.tensor,
     limit_b: tl.tensor,
     GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     MASK: tl.constexpr,
     ONE_ROW_MASK: tl.constexpr,
@@ -152,7 +137,7 @@ def _received_kernel(
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """KEYS positions of one sequence, over HEADS kv heads and their packed query rows.
+    """KEYS positions of one sequence, over `heads_a_part` kv heads and their packed query rows.
 
     The scale, the mask and the log-sum-exps are in powers of two. Rows without keys and rows that
     pad a tile have a log-sum-exp of +inf: their probabilities are 0.
@@ -173,12 +158,12 @@ def _received_kernel(
 
     packed_rows = GROUP * rows
     row_tiles = tl.cdiv(packed_rows, ROWS)
-    work = tl.minimum(HEADS, kv_heads - part * HEADS) * row_tiles
+    work = tl.minimum(heads_a_part, kv_heads - part * heads_a_part) * row_tiles
     limit = tl.load(limit_ptr + b * limit_b)
     work = tl.where(start < limit, work, 0)
     received = tl.zeros([KEYS], tl.float32)
     for step in tl.range(0, work, num_stages=STAGES):
-        kv_head = part * HEADS + step // row_tiles
+        kv_head = part * heads_a_part + step // row_tiles
         packed = step % row_tiles * ROWS + tl.arange(0, ROWS)
         real = packed < packed_rows
         head = kv_head * GROUP + packed // rows
