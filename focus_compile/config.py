@@ -63,6 +63,9 @@ class FocusConfig:
     buckets: tuple[int, ...] | None = None
     """Row counts, ascending, that a step is padded to. None: multiples of 8 to 64, of 32 to 256,
     powers of two beyond."""
+    merge_projections: bool | None = None
+    """Run a step's linear layers of one input as one, over a copy of their weights: faster for few
+    rows. None: on a GPU."""
     cuda_graphs: bool = True
     """Replay a step as one CUDA graph per bucket. No effect on the CPU."""
     strict: bool = False
@@ -144,6 +147,10 @@ def _flag(name: str, value: object) -> None:
     _expect(isinstance(value, bool), name, value, "True or False")
 
 
+def _optional_flag(name: str, value: object) -> None:
+    _expect(value is None or isinstance(value, bool), name, value, "True, False or None")
+
+
 def _one_of(known: tuple[str, ...]) -> Any:
     def check(name: str, value: object) -> None:
         if isinstance(value, str) and value not in known:
@@ -193,6 +200,7 @@ _CHECKS: dict[str, Any] = {
     "refresh": _refresh,
     "logits": _one_of(LOGITS_ROWS),
     "buckets": _buckets,
+    "merge_projections": _optional_flag,
     "cuda_graphs": _flag,
     "strict": _flag,
     "dryrun": _flag,

@@ -19,6 +19,7 @@ from focus_compile.errors import PassError
 from focus_compile.passes.constant_masks import FoldConstantMasks
 from focus_compile.passes.graph_tools import arg, op_name, shape_of, tensor_of, user_line
 from focus_compile.passes.match_attention import MatchAttention
+from focus_compile.passes.merge_projections import MergedWeights, MergeProjections
 from focus_compile.passes.refresh_program import BuildRefresh
 from focus_compile.passes.remove_no_ops import RemoveNoOps, autocast_is_on
 from focus_compile.passes.step_program import BuildStep
@@ -40,6 +41,8 @@ class ProgramGraphs:
 
     refresh: fx.GraphModule
     step: fx.GraphModule
+    merged: tuple[MergedWeights, ...] = ()
+    """What the step's inputs after its state hold."""
 
 
 class Pipeline:
@@ -105,10 +108,22 @@ def plan_graph(captured: Capture, config: FocusConfig) -> tuple[Pipeline, Plan]:
 def build_programs(pipeline: Pipeline, plan: Plan) -> ProgramGraphs:
     """The refresh and step graphs of an accepted plan."""
     refresh = BuildRefresh(plan).apply(pipeline.gm)
-    graphs = ProgramGraphs(refresh, BuildStep(plan).apply(pipeline.gm))
-    pipeline.dump("refresh", graphs.refresh)
-    pipeline.dump("step", graphs.step)
-    return graphs
+    step = BuildStep(plan).apply(pipeline.gm)
+    pipeline.dump("refresh", refresh)
+    pipeline.dump("step", step)
+    merged: tuple[MergedWeights, ...] = ()
+    if plan.merge_projections:
+        merged = MergeProjections(_weight_rows(pipeline.gm, plan)).apply(step)
+        pipeline.dump(MergeProjections.name, step)
+    return ProgramGraphs(refresh, step, merged)
+
+
+def _weight_rows(gm: fx.GraphModule, plan: Plan) -> dict[str, int]:
+    """Length of the first axis of the weights, by the name of their placeholder."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    weights = [placeholders[at] for at in plan.positions("weight")]
+    shapes = [(node.name, shape_of(node)) for node in weights]
+    return {name: int(shape[0]) for name, shape in shapes if shape and shape[0].is_Integer}
 
 
 def _analyse(
@@ -124,7 +139,8 @@ def _analyse(
     empty = Plan(
         inputs=(), sites=(), rows=(), outputs=(), batch=sympy.Integer(0), length=sympy.Integer(0),
         vocabulary=0, logits=0, key_block=config.key_block, block_summary=config.block_summary,
-        sink_tokens=config.sink_tokens, logits_rows=config.logits, misses=tuple(matching.misses),
+        sink_tokens=config.sink_tokens, logits_rows=config.logits,
+        merge_projections=_merges(captured, config), misses=tuple(matching.misses),
     )  # fmt: skip
     if found is None:
         return replace(empty, refusals=(_NO_IDS,))
@@ -161,6 +177,14 @@ _NO_IDS = Refusal(
     "no input of token ids [batch, tokens] feeds an embedding",
     remedy="Call the model with input_ids; inputs_embeds holds no ids to compare between calls.",
 )
+
+
+def _merges(captured: Capture, config: FocusConfig) -> bool:
+    """Whether the step's linear layers of one input become one."""
+    if config.merge_projections is not None:
+        return config.merge_projections
+    tensors = [value for value in captured.values if isinstance(value, torch.Tensor)]
+    return any(tensor.is_cuda for tensor in tensors)
 
 
 def _find_ids(

@@ -142,6 +142,8 @@ class Plan:
     sink_tokens: int
     logits_rows: str = "all"
     """Which rows a refresh returns: "all", or "response"."""
+    merge_projections: bool = False
+    """Whether the step's linear layers of one input become one."""
     refusals: tuple[Refusal, ...] = ()
     misses: tuple[Refusal, ...] = ()
     operations: tuple[tuple[str, int], ...] = field(default=(), repr=False)
@@ -172,6 +174,7 @@ class Plan:
             "block_summary": self.block_summary,
             "sink_tokens": self.sink_tokens,
             "logits_rows": self.logits_rows,
+            "merge_projections": self.merge_projections,
             "inputs": [
                 {"position": item.position, "name": item.name, "role": item.role}
                 for item in self.inputs

@@ -96,7 +96,7 @@ def rows_alone(programs: Programs, args: Sequence[Any], active: Tensor) -> list[
         largest = int(active.sum(1).max())
         packed = pack_rows(active, active, bucket_for(largest, None, length, "cpu"))
         blocks = torch.full((batch,), length // programs.plan.key_block)
-        alone = programs.run_step(args, packed, blocks, blocks, state)
+        alone = programs.run_step(args, packed, blocks, blocks, [*state, *programs.merge(args, [])])
     sequences = torch.arange(batch)[:, None]
     return [(a, d[sequences, packed.rows]) for a, d in zip(alone, dense, strict=False)]
 

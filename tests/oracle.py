@@ -28,7 +28,7 @@ __all__ = ["Oracle", "Result"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The options of `FocusConfig`, with its defaults and meaning; the last five change nothing;
+    """The options of `FocusConfig`, with its defaults and meaning; the last six change nothing;
     "response" of `logits` is what the caller gets to see."""
 
     mask_token_id: int | None = None
@@ -48,6 +48,7 @@ class Settings:
     dryrun: bool = False
     lowering: str = "inductor"
     cuda_graphs: bool = True
+    merge_projections: bool | None = None
     logits: str = "all"
 
 

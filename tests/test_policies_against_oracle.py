@@ -49,6 +49,7 @@ def options(**fixed: Any) -> st.SearchStrategy[dict[str, Any]]:
         "block_summary": st.sampled_from(["bound", "mean"]),
         "refresh": st.sampled_from(["block", "block", 2, 3]),
         "logits": st.sampled_from(["all", "response"]),
+        "merge_projections": st.booleans(),
     }
     return st.fixed_dictionaries({k: v for k, v in drawn.items() if k not in fixed}).map(
         lambda chosen: chosen | fixed

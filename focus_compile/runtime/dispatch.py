@@ -135,10 +135,12 @@ class Dispatcher:
         if held is not None and not (held.owner is self and held.fits(call, first_row)):
             held = None
         if held is None:
-            problem = self._why_no_room(call, first_row)
+            plan = self.programs.memory_plan(args, first_row)
+            problem = plan.why_no_room(call.ids.device)
             if problem is not None:
                 return self._exact(args, self._refuse(problem))
             held = self._allocate(args, call, first_row)
+        held.merged = self.programs.merge(args, held.merged)
         held.begin(call, blocks, self.plan.key_block, self.config.keep_ratio)
         outputs, entry = self._refresh(held, args, f"new trajectory: {why}")
         if not self._checked:
@@ -171,9 +173,6 @@ class Dispatcher:
         if self.plan.logits_rows == "all":
             return blocks, 0
         return blocks, max(0, int(blocks.response_start.min()) - self.config.window)
-
-    def _why_no_room(self, call: CallInputs, first_row: int) -> str | None:
-        return self.programs.memory_plan(call.ids, first_row).why_no_room(call.ids.device)
 
     def _allocate(self, args: Sequence[Any], call: CallInputs, first_row: int) -> Trajectory:
         graphs = DeviceGraphs(self.config.cuda_graphs and call.ids.is_cuda, self._refuse)
@@ -258,7 +257,7 @@ class Dispatcher:
         t.ids.copy_(t.incoming)
         packed = pack_rows(t.active, t.focus, bucket)
         computed = self.programs.run_step(
-            self._own_inputs(t, args), packed, t.candidates, t.keep, t.caches
+            self._own_inputs(t, args), packed, t.candidates, t.keep, [*t.caches, *t.merged]
         )
         probability, _ = confidence(computed[self.plan.logits])
         t.confidence.scatter_(1, packed.rows, probability)

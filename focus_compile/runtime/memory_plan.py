@@ -21,13 +21,15 @@ class MemoryPlan:
     """Block summaries of the sparse layers."""
     logits: int
     """The latest logits, and the copies that callers hold."""
+    weights: int
+    """Copies of weights that a step reads as one."""
     all_logits: bool
     """Whether logits of all rows are kept."""
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.kv + self.summaries + self.logits
+        return self.kv + self.summaries + self.logits + self.weights
 
     def why_no_room(self, device: torch.device) -> str | None:
         """None where the device has the memory, else what is missing and what to change."""
@@ -38,12 +40,14 @@ class MemoryPlan:
         if self.total <= free:
             return None
         less = ' logits="response" keeps fewer logits;' if self.all_logits else ""
+        less += " merge_projections=False copies no weights;" if self.weights else ""
         return (
             f"a trajectory needs {self} and {free / GIB:.1f} GiB are free.{less} a shorter length "
             "or a smaller batch needs less of everything"
         )
 
     def __str__(self) -> str:
-        parts = (("K/V", self.kv), ("summaries", self.summaries), ("logits", self.logits))
+        parts = [("K/V", self.kv), ("summaries", self.summaries), ("logits", self.logits)]
+        parts += [("merged weights", self.weights)] if self.weights else []
         listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts)
         return f"{self.total / GIB:.2f} GiB ({listed})"

@@ -55,6 +55,8 @@ class Programs:
     exact: Program
     refresh: Program
     step: Program
+    merged: tuple[tuple[int, ...], ...] = ()
+    """Positions of the weights that each of the step's merged inputs holds."""
 
     @classmethod
     def build(
@@ -69,12 +71,21 @@ class Programs:
         shapes = dict.fromkeys(("rows", "row_weight", "focus_weight"), per_row)
         refresh = [InputSpec(name, shapes[name]) for name in REFRESH_INPUTS]
         step = [InputSpec(name, shapes.get(name, (plan.batch,))) for name in STEP_INPUTS]
+        positions = {
+            node.name: at for at, node in enumerate(graphs.step.graph.find_nodes(op="placeholder"))
+        }
+        merged = tuple(tuple(positions[part] for part in item.parts) for item in graphs.merged)
+        stacked = [
+            InputSpec(item.name, _stacked([inputs[at].shape for at in parts]), static=True)
+            for item, parts in zip(graphs.merged, merged, strict=True)
+        ]
         lowering = config.lowering
         return cls(
             plan,
             Program("exact", captured.original, inputs, lowering),
             Program("refresh", graphs.refresh, [*inputs, *refresh, *state], lowering),
-            Program("step", graphs.step, [*inputs, *step, *state], lowering),
+            Program("step", graphs.step, [*inputs, *step, *state, *stacked], lowering),
+            merged,
         )
 
     def allocate(self, args: Sequence[Any]) -> list[Tensor]:
@@ -86,8 +97,19 @@ class Programs:
                 for shape, dtype in self._state(ids).values()
             ]
 
-    def memory_plan(self, ids: Tensor, first_row: int) -> MemoryPlan:
-        """What a trajectory with these ids will take; `first_row`: first row of the logits kept."""
+    def merge(self, args: Sequence[Any], into: list[Tensor]) -> list[Tensor]:
+        """The step's merged weights, written into tensors made by an earlier call if there are."""
+        weights = [[args[at].detach() for at in parts] for parts in self.merged]
+        with torch.inference_mode(False), torch.no_grad():
+            if not into:
+                return [torch.cat(parts) for parts in weights]
+            for parts, target in zip(weights, into, strict=True):
+                torch.cat(parts, out=target)
+        return into
+
+    def memory_plan(self, args: Sequence[Any], first_row: int) -> MemoryPlan:
+        """What a trajectory of these inputs takes; `first_row`: first row of the logits kept."""
+        ids = args[self.plan.ids.position]
         sizes = {"key_cache": 0, "value_cache": 0, "summaries": 0}
         for name, (shape, dtype) in self._state(ids).items():
             sizes[name.rpartition("_")[0]] += math.prod(shape) * dtype.itemsize
@@ -98,6 +120,7 @@ class Programs:
             kv=sizes["key_cache"] + sizes["value_cache"],
             summaries=sizes["summaries"],
             logits=row * (length - first_row + copies),
+            weights=sum(args[at].nbytes for parts in self.merged for at in parts),
             all_logits=first_row == 0,
         )
 
@@ -118,7 +141,10 @@ class Programs:
         keep: Tensor,
         state: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
-        """Row outputs [batch, bucket, ...], and the sinks if a layer captures them."""
+        """Row outputs [batch, bucket, ...], and the sinks if a layer captures them.
+
+        state: the state tensors, then the merged weights.
+        """
         return self.step(
             *args, active.rows, active.row_weight, active.focus_weight, candidates, keep, *state
         )
@@ -141,3 +167,9 @@ def _model_input(
         return InputSpec(name, None, size_expression(value), source=source)
     shape = tuple(size_expression(size) for size in value.shape)
     return InputSpec(name, shape, static=static, source=source, tensor_dict=tensor_dict)
+
+
+def _stacked(shapes: Sequence[tuple[sympy.Expr, ...] | None]) -> tuple[sympy.Expr, ...]:
+    """The shape of tensors stacked along their first axis."""
+    known = [shape for shape in shapes if shape is not None]
+    return (sympy.Add(*(shape[0] for shape in known)), *known[0][1:])

@@ -53,9 +53,8 @@ def check_plan(
     packed = pack_rows(
         active, active, bucket_for(int(active.sum(1).max()), buckets, length, device.type)
     )
-    rows = programs.run_step(
-        args, packed, trajectory.candidates, trajectory.candidates, trajectory.caches
-    )
+    state = [*trajectory.caches, *trajectory.merged]
+    rows = programs.run_step(args, packed, trajectory.candidates, trajectory.candidates, state)
     for ours, theirs in zip(rows, dense, strict=False):
         sequences = torch.arange(theirs.shape[0], device=theirs.device)[:, None]
         error = _worst_row(ours, theirs[sequences, packed.rows - first])

@@ -88,7 +88,8 @@ class Trajectory:
     incoming, ids int64 [batch, length]: of the call at hand, and of the last call that continued.
     guarded, numbers: the other inputs. same_inputs: bool, whether the call's guarded inputs are
     these. candidates, keep int64 [batch]: key blocks of the prompt, and those a sparse layer keeps.
-    caches: the programs' state tensors in `cache_names` order. confidence fp32 [batch, length]: max
+    caches: the programs' state tensors in `cache_names` order. merged: copies of weights that a
+    step reads as one, of when the trajectory began. confidence fp32 [batch, length]: max
     probability of each row's latest logits. active, focus bool [batch, length]: rows of the call at
     hand; predicted: focus rows of the last step, none after a refresh. refreshed_at int64 [batch]:
     current block at the last refresh. rows int64 [batch, length - first_row]: what a refresh
@@ -113,6 +114,7 @@ class Trajectory:
     refreshed_at: Tensor
     caches: list[Tensor]
     graphs: DeviceGraphs
+    merged: list[Tensor] = field(default_factory=list)
     stream: int = 0
     outputs: list[LatestRows] = field(default_factory=list)
     steps_since_refresh: int = 0
@@ -208,8 +210,9 @@ class Trajectory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of K/V, summaries and logits held."""
-        cached = sum(tensor.untyped_storage().nbytes() for tensor in self.caches)
+        """Bytes of K/V, summaries, logits and merged weights held."""
+        tensors = [*self.caches, *self.merged]
+        cached = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
         return cached + sum(output.nbytes for output in self.outputs)
 
 

@@ -1,5 +1,5 @@
-"""`select_blocks` in Triton: a program scores some blocks of one kv head, then one program a
-sequence chooses (see `top_k`)."""
+"""`select_blocks` in Triton: a program pools the queries of one kv head and streams a share of its
+summaries past them, then one program a sequence chooses (see `top_k`)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from focus_compile.kernels.top_k import (
     tile_of,
 )
 
-_PROGRAMS = 128  # at least so many score, where the blocks suffice
-_WARPS = 8
+_PROGRAMS = 264  # score at a time: two for each multiprocessor of an H100
+_WARPS = 4
+_TILE_BYTES = 8192  # of summaries that a program asks for at once
+_STAGES = 4
 
 
 def select_blocks(
@@ -62,11 +64,13 @@ def _score(
     group = heads // kv_heads
     padded = triton.next_power_of_2(width)
     everything = block_of(blocks) if choose else 1
-    tile = _tile(batch * kv_heads, blocks, padded * q.element_size() * (wide // width))
-    _score_kernel[(triton.cdiv(blocks, tile), kv_heads, batch)](
+    tile = max(_TILE_BYTES // (padded * q.element_size() * (wide // width)), 1)
+    tiles = triton.cdiv(blocks, tile)
+    shares = min(triton.cdiv(_PROGRAMS, batch * kv_heads), tiles)
+    _score_kernel[(shares, kv_heads, batch)](
         q, weight, summaries, parts, candidates, keep, out,
         _tickets(q.device, batch) if choose else out,
-        rows, blocks,
+        rows, blocks, triton.cdiv(tiles, shares) * tile,
         *q.stride(), *weight.stride(), *summaries.stride(), candidates.stride(0), keep.stride(0),
         GROUP=group,
         WIDTH=width,
@@ -74,19 +78,12 @@ def _score(
         D=padded,
         ROWS=min(max(triton.next_power_of_2(group * rows), 1), max(4096 // padded, 1)),
         BLOCKS=tile,
+        STAGES=_STAGES,
         CHOOSE=choose,
         HEAD_TILE=tile_of(kv_heads, everything, _WARPS),
         ALL=everything,
         num_warps=_WARPS,
     )  # fmt: skip
-
-
-def _tile(lanes: int, blocks: int, size: int) -> int:
-    """Blocks a program scores: up to 32 KiB of summaries, less where programs would be few."""
-    tile = max(min(32768 // size, 64), 1)
-    while tile > 16 and lanes * triton.cdiv(blocks, tile) < _PROGRAMS:
-        tile //= 2
-    return tile
 
 
 @functools.cache
@@ -107,6 +104,7 @@ def _score_kernel(
     ticket_ptr: tl.tensor,
     rows: tl.tensor,
     blocks: tl.tensor,
+    share: tl.tensor,
     q_b: tl.tensor,
     q_h: tl.tensor,
     q_r: tl.tensor,
@@ -125,25 +123,15 @@ def _score_kernel(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
     CHOOSE: tl.constexpr,
     HEAD_TILE: tl.constexpr,
     ALL: tl.constexpr,
 ) -> None:
-    """Relevance of BLOCKS blocks to one kv head's queries, into parts [B, Hkv, NB].
-
-    The summaries are asked for before the queries are pooled: they arrive meanwhile.
-    """
+    """Relevance of a share of the blocks to one kv head's queries, into parts [B, Hkv, NB]."""
     head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     channel = tl.arange(0, D)
-    summary_ptr = summaries_ptr + b * summaries_b + head.to(tl.int64) * summaries_h
-    place = block.to(tl.int64)[:, None] * summaries_j + channel[None, :] * summaries_d
-    inside = (block < blocks)[:, None] & (channel < WIDTH)[None, :]
-    first = tl.load(summary_ptr + place, mask=inside, other=0.0)
-    if BOUND:
-        second = tl.load(summary_ptr + WIDTH * summaries_d + place, mask=inside, other=0.0)
-
     positive = tl.zeros([ROWS, D], tl.float32)
     negative = tl.zeros([ROWS, D], tl.float32)
     head_ptr = q_ptr + b * q_b + head.to(tl.int64) * GROUP * q_h
@@ -164,12 +152,27 @@ def _score_kernel(
         else:
             positive += weight * query
 
-    product = first.to(tl.float32) * tl.sum(positive, 0)[None, :]
+    pooled = tl.sum(positive, 0)[None, :]
     if BOUND:
-        product += second.to(tl.float32) * tl.sum(negative, 0)[None, :]
+        pooled_negative = tl.sum(negative, 0)[None, :]
     heads = tl.num_programs(1)
     sequence_ptr = parts_ptr + b * heads * blocks
-    tl.store(sequence_ptr + head * blocks + block, tl.sum(product, 1), mask=block < blocks)
+    summary_ptr = summaries_ptr + b * summaries_b + head.to(tl.int64) * summaries_h
+    summary_ptr += channel[None, :] * summaries_d
+    first_block = tl.program_id(0) * share
+    for start in tl.range(
+        first_block, tl.minimum(first_block + share, blocks), BLOCKS, num_stages=STAGES
+    ):
+        block = start + tl.arange(0, BLOCKS)
+        place = block.to(tl.int64)[:, None] * summaries_j
+        inside = (block < blocks)[:, None] & (channel < WIDTH)[None, :]
+        summary = tl.load(summary_ptr + place, mask=inside, other=0.0)
+        product = summary.to(tl.float32) * pooled
+        if BOUND:
+            lowest_ptr = summary_ptr + WIDTH * summaries_d
+            lowest = tl.load(lowest_ptr + place, mask=inside, other=0.0)
+            product += lowest.to(tl.float32) * pooled_negative
+        tl.store(sequence_ptr + head * blocks + block, tl.sum(product, 1), mask=block < blocks)
 
     if CHOOSE:
         tl.debug_barrier()  # all of the program's stores, before its ticket
