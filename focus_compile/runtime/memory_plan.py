@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["MemoryPlan"]
+__all__ = ["MemoryPlan", "readable"]
 
-GIB = 1 << 30
+GIB, MIB = 1 << 30, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -49,5 +49,13 @@ class MemoryPlan:
     def __str__(self) -> str:
         parts = [("K/V", self.kv), ("summaries", self.summaries), ("logits", self.logits)]
         parts += [("merged weights", self.weights)] if self.weights else []
-        listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts)
-        return f"{self.total / GIB:.2f} GiB ({listed})"
+        listed = ", ".join(f"{name} {readable(size)}" for name, size in parts)
+        return f"{readable(self.total)} ({listed})"
+
+
+def readable(size: int) -> str:
+    """Bytes in the largest unit of which there is one."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB")):
+        if size >= unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size / 1024:.1f} KiB"

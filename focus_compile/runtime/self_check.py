@@ -67,7 +67,7 @@ def _forward(original: fx.GraphModule, args: Sequence[Any]) -> Sequence[Tensor] 
     """The outputs of the user's own graph; None where there is no memory for them."""
     try:
         with torch.no_grad():
-            dense = original(*args)
+            dense = original.forward(*args)  # calling the module would print what fails
     except torch.OutOfMemoryError:
         log.info("no memory for the model's own forward; rows are compared with the refresh")
         return None

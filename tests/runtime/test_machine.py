@@ -283,7 +283,8 @@ class CallHistories(RuleBasedStateMachine):
     @rule(which=whichever)
     def write_into_the_logits(self, which: int) -> None:
         for kept in self.subjects[which].kept[-1:]:
-            kept.logits.fill_(torch.nan)
+            with torch.inference_mode(kept.logits.is_inference()):
+                kept.logits.fill_(torch.nan)
             kept.expected.fill_(torch.nan)
 
     @rule(which=whichever, count=st.integers(1, 3))

@@ -64,11 +64,12 @@ def test_a_wrong_program_is_never_used(
 def test_without_memory_for_the_models_forward_rows_are_checked_against_the_refresh(
     broken: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, logits: str
 ) -> None:
-    def no_memory(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("injected")
+    class NoMemory:
+        def forward(self, *_: Any) -> Any:
+            raise torch.OutOfMemoryError("injected")
 
     check = dispatch.check_plan
-    monkeypatch.setattr(dispatch, "check_plan", lambda p, _, *rest: check(p, no_memory, *rest))
+    monkeypatch.setattr(dispatch, "check_plan", lambda p, _, *rest: check(p, NoMemory(), *rest))
     assert (
         run_call(compiled(tiny_model(), **OPTIONS, logits=logits), prompt())[1].program != "exact"
     )
