@@ -26,10 +26,20 @@ from rich.table import Table
 
 import focus_compile
 from focus_compile import demo
+from focus_compile.config import FocusConfig
 from focus_compile.decode.sampler import generate
 from focus_compile.demo import environment, retrieval
 from focus_compile.lowering.program import Program
-from focus_compile.runtime.trajectory import Blocks, SeenWeights, masks_became_tokens
+from focus_compile.policies.presets import policy_for
+from focus_compile.runtime.device_graphs import DeviceGraphs
+from focus_compile.runtime.guard import (
+    CallInputs,
+    compare_inputs,
+    why_not_comparable,
+    why_not_continued,
+)
+from focus_compile.runtime.observe import Flags, observe
+from focus_compile.runtime.trajectory import Blocks, Trajectory
 
 GEN_LENGTH = 64
 BLOCK_LENGTH = 32
@@ -196,15 +206,25 @@ def overhead_row(model: Any, tokenizer: Any, length: int, repeats: int) -> Overh
 
 def guard_milliseconds(model: Any, ids: torch.Tensor, repeats: int = 200) -> float:
     """Median time of the guard: this call's inputs against the trajectory's, weights included."""
-    weights = SeenWeights(list(model.parameters()))
-    blocks = Blocks.of(ids.eq(model.config.mask_token_id), BLOCK_LENGTH)
-    before, times = ids.clone(), []
+    config = FocusConfig(mask_token_id=model.config.mask_token_id, block_length=BLOCK_LENGTH)
+    policy = policy_for(config)
+    call = CallInputs(ids, (), (), tuple(model.parameters()))
+    held = Trajectory.allocate(None, call, 0, [], DeviceGraphs(ids.is_cuda, print))
+    held.begin(call, Blocks.of(ids.eq(model.config.mask_token_id), BLOCK_LENGTH), 32, 0.5)
+    held.ids.copy_(ids)
+
+    def compare() -> torch.Tensor:
+        return observe(held, policy, model.config.mask_token_id, BLOCK_LENGTH)
+
+    times = []
     for _ in range(repeats):
         started = time.perf_counter()
-        weights.are(list(model.parameters()))
-        masks_became_tokens(before, ids, model.config.mask_token_id)
-        bool((blocks.current(ids.eq(model.config.mask_token_id)) == 0).any())
-        finish(ids.device)
+        assert why_not_comparable(held, None, call, held.stream) is None
+        held.incoming.copy_(ids)
+        compare_inputs(held, call)
+        pending = held.graphs.run("observe", compare)
+        same_weights = held.weights.are(call.weights)
+        assert why_not_continued(same_weights, Flags(*pending.tolist())) is None
         times.append((time.perf_counter() - started) * 1e3)
     return statistics.median(times)
 
