@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from focus_compile.errors import OptionError
+from focus_compile.fallback import warn_once
 
-__all__ = ["POLICIES", "FocusConfig"]
+__all__ = ["POLICIES", "VERIFY", "FocusConfig", "verify_level"]
 
 POLICIES = ("focus-dllm", "dual-cache", "prefix-cache", "exact")
 REFRESH_WORDS = ("block", "every-step")
@@ -20,6 +21,10 @@ BLOCK_SUMMARIES = ("bound", "mean")
 LOGITS_ROWS = ("all", "response")
 LOWERINGS = ("inductor", "eager")
 ENVIRONMENT_PREFIX = "FOCUS_COMPILE_"
+DEBUG_VARIABLES = ("DUMP", "REFERENCE", "VERIFY")
+"""Names after the prefix that are no options."""
+VERIFY = "FOCUS_COMPILE_VERIFY"
+"""0: nothing, 1: check every stage (default), 2: also execute before and after."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +103,13 @@ class FocusConfig:
             environment: mirrors `FOCUS_COMPILE_<FIELD>`; `os.environ` if None.
 
         Raises:
-            OptionError: an unknown name (with the closest known one) or a bad value.
+            OptionError: an unknown name (with the closest known one) or a bad value. An unknown
+                name in the environment is only reported, once.
         """
-        values = _from_environment(os.environ if environment is None else environment)
+        environment = os.environ if environment is None else environment
+        verify_level(environment)
+        _report_unknown(environment)
+        values = _from_environment(environment)
         if mode is not None and mode != "default":
             if mode not in POLICIES:
                 raise OptionError.unknown(mode, POLICIES, kind="mode")
@@ -206,6 +215,28 @@ _CHECKS: dict[str, Any] = {
     "dryrun": _flag,
     "lowering": _one_of(LOWERINGS),
 }
+
+
+def verify_level(environment: Mapping[str, str]) -> int:
+    """What the environment says of checking the stages.
+
+    Raises:
+        OptionError: no such level.
+    """
+    text = environment.get(VERIFY, "1")
+    if text not in ("0", "1", "2"):
+        raise OptionError.invalid(VERIFY, text, "0, 1 or 2")
+    return int(text)
+
+
+def _report_unknown(environment: Mapping[str, str]) -> None:
+    """Warn of variables with our prefix that nothing reads."""
+    known = {field.name.upper() for field in dataclasses.fields(FocusConfig)} | {*DEBUG_VARIABLES}
+    ours = (name for name in environment if name.startswith(ENVIRONMENT_PREFIX))
+    for name in sorted(name.removeprefix(ENVIRONMENT_PREFIX) for name in ours):
+        if name not in known:
+            prefix, kind = ENVIRONMENT_PREFIX, "environment variable"
+            warn_once(str(OptionError.unknown(name, known, kind=kind, prefix=prefix)))
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:

@@ -16,12 +16,15 @@ class OptionError(FocusError, ValueError):
     """An option is unknown, of the wrong type, or out of range."""
 
     @classmethod
-    def unknown(cls, name: str, known: Iterable[str], *, kind: str = "option") -> OptionError:
-        """Names the closest known spelling, or lists them all."""
+    def unknown(
+        cls, name: str, known: Iterable[str], *, kind: str = "option", prefix: str = ""
+    ) -> OptionError:
+        """Names the closest known spelling, or lists them all. prefix: before every name."""
         known = sorted(known)
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}."
-        return cls(f"focus_compile: unknown {kind} {name!r}; {hint}")
+        known = [prefix + spelling for spelling in known]
+        hint = f"did you mean {prefix + close[0]!r}?" if close else f"known: {', '.join(known)}."
+        return cls(f"focus_compile: unknown {kind} {prefix + name!r}; {hint}")
 
     @classmethod
     def invalid(cls, name: str, value: object, expected: str) -> OptionError:

@@ -11,13 +11,13 @@ import torch
 
 from focus_compile.errors import RefusalError
 
-__all__ = ["FocusWarning", "forget", "refuse", "report"]
+__all__ = ["FocusWarning", "forget", "refuse", "report", "warn_once"]
 
 log = logging.getLogger("focus_compile")
 
 
 class FocusWarning(UserWarning):
-    """The exact program runs where an incremental one was asked for."""
+    """The exact program runs where an incremental one was asked for, or a setting is not known."""
 
 
 _reported: set[str] = set()
@@ -26,16 +26,22 @@ _OTHERS = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) +
 
 def report(reason: str) -> str:
     """Warn once per distinct reason; returns it."""
-    if reason not in _reported:
-        _reported.add(reason)
-        message = f"focus_compile runs the exact program: {reason}"
-        warnings.warn(message, FocusWarning, stacklevel=_callers_level())
+    if warn_once(f"focus_compile runs the exact program: {reason}"):
         log.info("exact program: %s", reason)
     return reason
 
 
+def warn_once(message: str) -> bool:
+    """Warn unless this was said already; whether it was news."""
+    if message in _reported:
+        return False
+    _reported.add(message)
+    warnings.warn(message, FocusWarning, stacklevel=_callers_level())
+    return True
+
+
 def _callers_level() -> int:
-    """The stacklevel at which `report` warns of the user's own line, not of torch's or ours."""
+    """The stacklevel at which `warn_once` warns of the user's own line, not of torch's or ours."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_OTHERS):
         level, frame = level + 1, frame.f_back

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from focus_compile.capture import Capture
-from focus_compile.config import FocusConfig
+from focus_compile.config import VERIFY, FocusConfig, verify_level
 from focus_compile.errors import PassError
 from focus_compile.passes.constant_masks import FoldConstantMasks
 from focus_compile.passes.graph_tools import arg, op_name, shape_of, tensor_of, user_line
@@ -31,8 +31,6 @@ __all__ = ["DUMP", "VERIFY", "Pipeline", "ProgramGraphs", "build_programs", "pla
 
 DUMP = "FOCUS_COMPILE_DUMP"
 """Folder that receives the graph after every stage, and the plan."""
-VERIFY = "FOCUS_COMPILE_VERIFY"
-"""0: nothing, 1: check every stage (default), 2: also execute before and after."""
 
 
 @dataclass
@@ -50,7 +48,7 @@ class Pipeline:
 
     def __init__(self, gm: fx.GraphModule, name: str = "graph") -> None:
         self.gm = gm
-        self.level = int(os.environ.get(VERIFY, "1"))
+        self.level = verify_level(os.environ)
         self.folder = _new_folder(os.environ.get(DUMP), name)
         self.stage = 0
         self.inputs = [node.name for node in gm.graph.find_nodes(op="placeholder")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import focus_compile
-from focus_compile.config import POLICIES, FocusConfig
+from focus_compile.config import DEBUG_VARIABLES, POLICIES, FocusConfig, verify_level
 from focus_compile.errors import OptionError
+from focus_compile.fallback import FocusWarning, forget
 from focus_compile.frontend import options_for
 
 FIELDS = [field.name for field in dataclasses.fields(FocusConfig)]
@@ -133,6 +135,51 @@ def test_mirrors_out_of_range(name: str, text: str, expected: str) -> None:
     with pytest.raises(OptionError) as error:
         FocusConfig.from_options(environment={f"FOCUS_COMPILE_{name}": text})
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["abc", "3", "-1", "", "true"])
+def test_verify_levels_out_of_range(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = f"option FOCUS_COMPILE_VERIFY={text!r} is not valid; expected 0, 1 or 2"
+    monkeypatch.setenv("FOCUS_COMPILE_VERIFY", text)
+    with pytest.raises(OptionError, match=message):
+        FocusConfig.from_options()
+    with pytest.raises(OptionError, match=message):
+        focus_compile.compile(object())
+
+
+@pytest.mark.parametrize("text", ["0", "1", "2"])
+def test_verify_levels(text: str) -> None:
+    assert verify_level({"FOCUS_COMPILE_VERIFY": text}) == int(text)
+    assert verify_level({}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("POLCY", "did you mean 'FOCUS_COMPILE_POLICY'?"),
+        ("KEEPRATIO", "did you mean 'FOCUS_COMPILE_KEEP_RATIO'?"),
+        ("VERFY", "did you mean 'FOCUS_COMPILE_VERIFY'?"),
+        ("DUMPS", "did you mean 'FOCUS_COMPILE_DUMP'?"),
+        ("ZZZ", "known: FOCUS_COMPILE_BLOCK_LENGTH, "),
+    ],
+)
+def test_misspelt_variables_are_reported_once(name: str, hint: str) -> None:
+    forget()
+    environment = {f"FOCUS_COMPILE_{name}": "1", "OTHER_COMPILE_POLCY": "1"}
+    with pytest.warns(FocusWarning) as caught:
+        configs = [FocusConfig.from_options(environment=environment) for _ in range(2)]
+    assert configs == [FocusConfig()] * 2
+    (warning,) = caught
+    unknown = f"focus_compile: unknown environment variable 'FOCUS_COMPILE_{name}'; {hint}"
+    assert str(warning.message).startswith(unknown)
+    assert warning.filename == __file__
+
+
+def test_known_variables_are_not_reported() -> None:
+    names = [*DEBUG_VARIABLES, "WINDOW"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FocusConfig.from_options(environment={f"FOCUS_COMPILE_{name}": "1" for name in names})
 
 
 def test_options_win_over_mode_and_environment() -> None:

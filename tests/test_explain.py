@@ -11,6 +11,9 @@ import torch
 import focus_compile
 from focus_compile.errors import OptionError
 from focus_compile.lowering.program import Program
+from focus_compile.runtime.latest_rows import MOST_COPIES
+from focus_compile.runtime.store import STORE
+from tests.compiled import run_call
 from tests.models import ModelSpec, build
 
 torch.set_num_threads(1)
@@ -30,6 +33,13 @@ def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ids() -> torch.Tensor:
     return torch.randint(1, 39, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def masked_ids() -> torch.Tensor:
+    """The response starts at 5 in one sequence and at 6 in the other."""
+    tokens = ids()
+    tokens[0, 5:], tokens[1, 6:] = 39, 39
+    return tokens
 
 
 def test_an_accepted_plan_is_returned_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,6 +80,44 @@ def test_a_refusal_has_its_reason_and_remedy(
     assert refusal["reason"].startswith(reason)
     assert remedy in refusal["remedy"]
     assert "plan: exact program (refused)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("logits", ["all", "response"])
+def test_the_memory_of_a_trajectory_is_what_it_takes(
+    logits: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    model, tokens = build(ModelSpec(**QUICK)), masked_ids()
+    options = OPTIONS | {"logits": logits, "window": 2, "key_block": 2, "lowering": "eager"}
+    explanation = focus_compile.explain(model, tokens, **options)
+    (graph,) = explanation.to_dict()["graphs"]
+    memory = graph["memory"]
+    first_row = 0 if logits == "all" else 3
+    row = 2 * graph["vocabulary"] * 4
+    assert memory["logits"] == row * (9 - first_row + MOST_COPIES * 9)
+    assert memory["saved_by_response"] == row * 3
+    assert memory["total"] == sum(memory[part] for part in ("kv", "summaries", "logits", "weights"))
+    verb = "would save" if logits == "all" else "saves"
+    assert f'; logits="response" {verb} {row * 3 / 1024:.1f} KiB' in capsys.readouterr().out
+    run_call(focus_compile.compile(model, **options), tokens)
+    trajectory = STORE.slot(next(model.parameters())).trajectory
+    assert trajectory is not None
+    assert sum(cache.nbytes for cache in trajectory.caches) == memory["kv"] + memory["summaries"]
+    assert trajectory.outputs[0].master.nbytes == row * (9 - first_row)
+
+
+def test_without_masks_no_response_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    model = build(ModelSpec(**QUICK))
+    explanation = focus_compile.explain(model, ids(), logits="response", **OPTIONS)
+    (graph,) = explanation.to_dict()["graphs"]
+    assert graph["memory"]["saved_by_response"] is None
+    assert "no mask in the ids: logits of all rows" in capsys.readouterr().out
+
+
+def test_the_exact_policy_keeps_nothing() -> None:
+    model = build(ModelSpec(**QUICK))
+    explanation = focus_compile.explain(model, ids(), quiet=True, policy="exact", **OPTIONS)
+    assert "memory" not in explanation.to_dict()["graphs"][0]
 
 
 def test_without_a_mask_id_the_refusal_says_how_to_give_one(

@@ -78,6 +78,13 @@ class Program:
                     self._symbols.append((size, at, -1 if spec.shape is None else axis))
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
+        return tuple(self._artifact_for(args).run(*args))
+
+    def prepare(self, *args: Any) -> None:
+        """Compile for the sizes of `args`, whose tensors may be fake; nothing runs."""
+        self._artifact_for(args)
+
+    def _artifact_for(self, args: Sequence[Any]) -> _Artifact:
         sizes = tuple(
             args[at] if axis < 0 else args[at].shape[axis] for _, at, axis in self._symbols
         )
@@ -86,7 +93,7 @@ class Program:
             with compile_lock:  # Dynamo's own: neither it nor Inductor compiles in two threads
                 artifact = self._find(sizes) or self._compile(sizes, args)
                 self._by_sizes[sizes] = artifact
-        return tuple(artifact.run(*args))
+        return artifact
 
     def _find(self, sizes: tuple[int, ...]) -> _Artifact | None:
         for artifact in self._artifacts:
