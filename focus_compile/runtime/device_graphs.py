@@ -21,8 +21,8 @@ class DeviceGraphs:
     """Runs work as it is the first time, and as a CUDA graph from then on.
 
     The first run compiles and loads whatever the work needs. What a graph returns lies in the pool
-    and is overwritten by the next replay of any graph: use it before. A capture that fails is
-    reported through `failed`, and the work runs as it is from then on.
+    and is overwritten by the next replay of any graph: use it before. Why a capture failed goes to
+    `failed`, and the work runs as it is from then on.
     """
 
     enabled: bool
@@ -47,15 +47,15 @@ class DeviceGraphs:
 
     def _capture(self, key: Hashable, work: Callable[[], T]) -> T:
         started = time.perf_counter()
-        graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         try:
+            graph = torch.cuda.CUDAGraph()
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 result = work()
         except RuntimeError as error:
             self.enabled = False
-            self.failed(f"a CUDA graph could not be captured ({str(error).splitlines()[0]})")
+            self.failed(str(error).splitlines()[0])
             return work()
         self._graphs[key] = graph, result
         self.seconds += time.perf_counter() - started

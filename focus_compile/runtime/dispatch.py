@@ -12,8 +12,8 @@ from torch import Tensor
 
 from focus_compile.capture import Capture
 from focus_compile.config import FocusConfig
-from focus_compile.errors import SelfCheckError
-from focus_compile.fallback import refuse
+from focus_compile.errors import RefusalError, SelfCheckError
+from focus_compile.fallback import refuse, warn_once
 from focus_compile.kernels.confidence.op import confidence
 from focus_compile.plan import Plan
 from focus_compile.policies.presets import policy_for
@@ -175,7 +175,7 @@ class Dispatcher:
         return blocks, max(0, int(blocks.response_start.min()) - self.config.window)
 
     def _allocate(self, args: Sequence[Any], call: CallInputs, first_row: int) -> Trajectory:
-        graphs = DeviceGraphs(self.config.cuda_graphs and call.ids.is_cuda, self._refuse)
+        graphs = DeviceGraphs(self.config.cuda_graphs and call.ids.is_cuda, self._no_graphs)
         caches = self.programs.allocate(args)
         with torch.inference_mode(False):
             return Trajectory.allocate(self, call, first_row, caches, graphs)
@@ -293,6 +293,15 @@ class Dispatcher:
         if self.config.strict:
             raise SelfCheckError(f"focus_compile: {message}.")
         self._refused = self._refuse(message)
+
+    def _no_graphs(self, why: str) -> None:
+        """Steps launch their kernels one by one: slower, and as right."""
+        reason = f"a step could not be captured as a CUDA graph ({why})"
+        if self.config.strict:
+            raise RefusalError(
+                f"focus_compile: {reason} (strict=True; cuda_graphs=False allows it)"
+            )
+        warn_once(f"focus_compile launches kernels one by one: {reason}")
 
     def _refuse(self, reason: str) -> str:
         return refuse(reason, strict=self.config.strict)
