@@ -85,15 +85,15 @@ class Trajectory:
     A new trajectory of the same sizes takes the tensors of the old one, so that what was captured
     over their addresses stays valid.
 
-    incoming, ids int64 [batch, length]: of the call at hand, and of the last call that continued.
-    guarded, numbers: the other inputs. same_inputs: bool, whether the call's guarded inputs are
-    these. candidates, keep int64 [batch]: key blocks of the prompt, and those a sparse layer keeps.
-    caches: the programs' state tensors in `cache_names` order. merged: copies of weights that a
-    step reads as one, of when the trajectory began. confidence fp32 [batch, length]: max
-    probability of each row's latest logits. active, focus bool [batch, length]: rows of the call at
-    hand; predicted: focus rows of the last step, none after a refresh. refreshed_at int64 [batch]:
-    current block at the last refresh. rows int64 [batch, length - first_row]: what a refresh
-    returns.
+    incoming, ids [batch, length] in the caller's dtype, which the programs were compiled for: of
+    the call at hand, and of the last call that continued. guarded, numbers: the other inputs.
+    same_inputs: bool, whether the call's guarded inputs are these. candidates, keep int64 [batch]:
+    key blocks of the prompt, and those a sparse layer keeps. caches: the programs' state tensors in
+    `cache_names` order. merged: copies of weights that a step reads as one, of when the trajectory
+    began. confidence fp32 [batch, length]: max probability of each row's latest logits. active,
+    focus bool [batch, length]: rows of the call at hand; predicted: focus rows of the last step,
+    none after a refresh. refreshed_at int64 [batch]: current block at the last refresh. rows int64
+    [batch, length - first_row]: what a refresh returns.
     """
 
     owner: object
@@ -148,8 +148,8 @@ class Trajectory:
             numbers=call.numbers,
             weights=SeenWeights(call.weights),
             blocks=Blocks(per_sequence(), 1),
-            incoming=per_row(torch.int64),
-            ids=per_row(torch.int64),
+            incoming=per_row(call.ids.dtype),
+            ids=per_row(call.ids.dtype),
             guarded=tuple(torch.empty_like(tensor) for tensor in call.guarded),
             same_inputs=torch.ones((), dtype=torch.bool, device=call.ids.device),
             candidates=per_sequence(),

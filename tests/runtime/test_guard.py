@@ -99,6 +99,16 @@ def test_other_inputs() -> None:
     assert why(held, ids, guarded=[mask], numbers=[3]) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ids_are_kept_in_the_dtype_that_programs_were_compiled_for(dtype: torch.dtype) -> None:
+    """Inductor does not look at dtypes again: steps read the trajectory's own ids."""
+    ids = prompt().to(dtype)
+    held = trajectory_of(ids)
+    assert held.ids.dtype == held.incoming.dtype == dtype
+    assert held.fits(call_of(ids, (), (), ()), 0)
+    assert not held.fits(call_of(ids.to(torch.int16), (), (), ()), 0)
+
+
 def write(weight: Tensor) -> None:
     with torch.no_grad():
         weight.add_(1.0)
