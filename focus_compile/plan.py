@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -148,14 +149,23 @@ class Plan:
     misses: tuple[Refusal, ...] = ()
     operations: tuple[tuple[str, int], ...] = field(default=(), repr=False)
 
-    @property
+    @cached_property
     def ids(self) -> InputRole:
         """The input that holds the token ids."""
         return next(role for role in self.inputs if role.role == "ids")
 
     def positions(self, role: str) -> tuple[int, ...]:
         """Positions of the graph inputs of one role."""
-        return tuple(item.position for item in self.inputs if item.role == role)
+        return self._positions.get(role, ())
+
+    @cached_property
+    def _positions(self) -> dict[str, tuple[int, ...]]:
+        """Asked for in every call: a large model has hundreds of inputs."""
+        roles = {item.role for item in self.inputs}
+        return {
+            role: tuple(item.position for item in self.inputs if item.role == role)
+            for role in roles
+        }
 
     def sites_of(self, region: str) -> tuple[Site, ...]:
         return tuple(site for site in self.sites if site.region == region)
