@@ -67,7 +67,7 @@ class FocusConfig:
     before them) sees no difference, and the head and the last layer cost a fraction."""
     buckets: tuple[int, ...] | None = None
     """Row counts, ascending, that a step is padded to. None: multiples of 8 to 64, of 32 to 256,
-    powers of two beyond."""
+    powers of two beyond; on a GPU 32, 64, 96, 128, 192, 256, and powers of two beyond."""
     merge_projections: bool | None = None
     """Run a step's linear layers of one input as one, over a copy of their weights: faster for few
     rows. None: on a GPU."""

@@ -165,6 +165,7 @@ def _analyse(
         plan, rows=proof.rows, outputs=proof.outputs, operations=proof.operations, logits=logits
     )
     try:
+        BuildRefresh(plan).apply(gm)
         BuildStep(plan).apply(gm)
     except PassError as error:
         return replace(plan, refusals=(Refusal(str(error)),))

@@ -119,10 +119,11 @@ class InputRole:
 
 @dataclass(frozen=True, slots=True)
 class OutputRows:
-    """An output of the captured graph: its node, and the axes of its rows."""
+    """An output of the captured graph: its node, the axes of its rows, and the bytes of a row."""
 
     node: str
     axes: RowAxes
+    row_bytes: int = 0
 
 
 @dataclass(frozen=True)

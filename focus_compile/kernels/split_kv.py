@@ -230,7 +230,7 @@ def _attend_share(  # type: ignore[no-untyped-def]
         for tile in tl.range(first, tl.minimum(last, sink_tiles), num_stages=1):
             slot = tile * SINK_TILE + tl.arange(0, SINK_TILE)
             tokens = tl.load(sinks + slot, mask=slot < sink_slots, other=-1)
-            new = _is_new(tokens, slot, sinks, blocks, kept, tail, KEY_BLOCK)
+            new = _is_new(tokens, slot, sinks, sink_slots, blocks, kept, tail, KEY_BLOCK)
             top, total, acc = _attend_tile(
                 query, factor, k, v, mask, tokens, new, real, inside, top, total, acc,
                 k_t, v_t, m_t, MASK, PRECISION, HEAD_DIM < BLOCK_D, True,
@@ -329,16 +329,19 @@ def _tokens(n, ids, kept, tail, KEY_BLOCK: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit
-def _is_new(sink, slot, sinks, blocks, kept, tail, KEY_BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _is_new(  # type: ignore[no-untyped-def]
+    sink, slot, sinks, sink_slots, blocks, kept, tail, KEY_BLOCK: tl.constexpr
+):
     """Whether a sink is one, and in no kept block, not in the tail and not the same as earlier."""
     chunk = tl.arange(0, SINK_CHUNK)
     known = tl.zeros([SINK_TILE, SINK_CHUNK], tl.int32)
     for start in range(0, kept, SINK_CHUNK):
         ids = tl.load(blocks + start + chunk, mask=start + chunk < kept, other=-1)
         known |= ((sink // KEY_BLOCK)[:, None] == ids[None, :]).to(tl.int32)
-    for start in range(0, tl.max(slot), SINK_CHUNK):
+    before = tl.minimum(tl.max(slot), sink_slots)
+    for start in range(0, before, SINK_CHUNK):
         earlier = start + chunk[None, :] < slot[:, None]
-        other = tl.load(sinks + start + chunk, mask=start + chunk < tl.max(slot), other=-1)
+        other = tl.load(sinks + start + chunk, mask=start + chunk < before, other=-1)
         known |= (earlier & (sink[:, None] == other[None, :])).to(tl.int32)
     return (sink >= 0) & (sink < tail) & (tl.max(known, 1) == 0)
 

@@ -87,7 +87,9 @@ def _hides_nothing(mask: fx.Node) -> bool:
     values = range_of(mask)
     if values is None or not values.is_singleton():
         return False
-    return values.lower == (sympy.true if fake_of(mask).dtype == torch.bool else 0)
+    if fake_of(mask).dtype == torch.bool:
+        return values.lower == sympy.true
+    return float(values.lower) == 0
 
 
 def _negligible(dtype: torch.dtype) -> float:

@@ -38,7 +38,8 @@ class MergeProjections:
         """Appends an input for every group merged, and returns what each holds."""
         groups: dict[tuple[Any, int], list[fx.Node]] = {}
         for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
-            if all(part.name in self.rows for part in _weights(node)):
+            lengths = {self.rows.get(part.name) for part in _weights(node)}
+            if len(lengths) == 1 and None not in lengths and not node.kwargs:
                 groups.setdefault((node.args[0], len(_weights(node))), []).append(node)
         merged: list[MergedWeights] = []
         for nodes in groups.values():

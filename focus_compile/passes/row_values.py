@@ -60,6 +60,8 @@ class RowValues:
             raise PassError(f"cannot select rows of {value.name} at {axes}")
         if shape[batch.axis] == self.batch:
             return self._select_batched(value, len(shape), batch.axis, token.axis)
+        if shape[batch.axis] != 1:
+            raise PassError(f"cannot select rows of {value.name} at {axes}")
         value = self.call(aten.select.int, value, batch.axis, 0)
         at = token.axis - (batch.axis < token.axis)
         picked = self.call(aten.index.Tensor, value, [None] * at + [self.rows])

@@ -19,6 +19,7 @@ from torch import fx
 
 from focus_compile.passes.graph_tools import (
     divides,
+    fake_of,
     op_name,
     shape_of,
     size_expression,
@@ -139,7 +140,9 @@ def _demand_output(demands: Demands, node: fx.Node) -> OutputRows:
         raise NotTokenWise(Refusal(f"the output {node.name} does not depend on the ids"))
     axes = RowAxes(Factor(1), None if demands.batch == 1 else Factor(0))
     demands.rows[node] = axes
-    return OutputRows(node.name, axes)
+    width = sympy.prod(shape[2:])
+    row_bytes = int(width) * fake_of(node).itemsize if width.is_Integer else 0
+    return OutputRows(node.name, axes, row_bytes)
 
 
 @dataclass

@@ -40,9 +40,8 @@ POINTWISE: dict[str, Callable[..., Any]] = {
     "lt": Analysis.lt,
     "add": Analysis.add,
 }
-LOGIC = frozenset(
-    "bitwise_and logical_and __and__ bitwise_or logical_or __or__ bitwise_not".split()
-)
+ARITHMETIC = frozenset("add ge gt le lt".split())
+"""Between numbers; all others of POINTWISE are between bools."""
 
 
 def range_of(node: fx.Node, known: dict[fx.Node, Any] | None = None) -> Any:
@@ -59,18 +58,19 @@ def _range(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     if tensor is None or node.op != "call_function":
         return None
     if name in _CREATE:
-        return _CREATE[name](node)
-    if name == "_to_copy":
-        return _converted(range_of(node.all_input_nodes[0], known), tensor.dtype)
-    if name in MOVES:
+        return _CREATE[name](node, tensor.dtype)
+    if name in MOVES or name == "_to_copy":
         source = node.args[0]
-        return range_of(source, known) if isinstance(source, fx.Node) else None
-    if name not in POINTWISE or node.kwargs.get("alpha", 1) != 1:
+        moved = tensor_of(source)
+        if moved is None or moved.dtype != tensor.dtype:
+            return None  # a cast may wrap, round or mean the bits
+        return range_of(source, known)  # type: ignore[arg-type]
+    if name not in POINTWISE or node.kwargs:
         return None
+    if tensor.dtype not in (torch.bool, torch.int64):
+        return None  # narrower ones wrap, floating ones round
     operands = [_operand(argument, known) for argument in node.args]
-    if any(operand is None for operand in operands):
-        return None
-    if name in LOGIC and not all(operand.is_bool for operand in operands):
+    if any(operand is None or operand.is_bool == (name in ARITHMETIC) for operand in operands):
         return None
     return POINTWISE[name](*operands)
 
@@ -87,52 +87,38 @@ def _single(value: Any) -> Any:
     return ValueRanges.wrap(value) if isinstance(value, (int, float)) else None
 
 
-def _converted(values: Any, dtype: torch.dtype) -> Any:
-    """The range after a cast that keeps its meaning: between bools, or between integers."""
-    if values is None or values.is_bool != (dtype == torch.bool):
+def _filled(node: fx.Node, dtype: torch.dtype) -> Any:
+    return _of_dtype(node.args[-1], dtype)
+
+
+def _of_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """The value as elements of that dtype hold it; None unless that is the same number."""
+    if not isinstance(value, (bool, int, float)):
         return None
-    return values if values.is_bool or not dtype.is_floating_point else None
+    held = torch.tensor(value, dtype=dtype).item()
+    return _single(held) if held == value else None
 
 
-def _filled(node: fx.Node) -> Any:
-    value, tensor = node.args[-1], tensor_of(node)
-    assert tensor is not None
-    if tensor.dtype == torch.bool and isinstance(value, (bool, int)):
-        value = bool(value)
-    return _single(value)
-
-
-def _ones(node: fx.Node) -> Any:
-    tensor = tensor_of(node)
-    assert tensor is not None
-    return _single(True if tensor.dtype == torch.bool else 1)
-
-
-def _zeros(node: fx.Node) -> Any:
-    tensor = tensor_of(node)
-    assert tensor is not None
-    return _single(False if tensor.dtype == torch.bool else 0)
-
-
-def _arange(node: fx.Node) -> Any:
+def _arange(node: fx.Node, dtype: torch.dtype) -> Any:
     """Counts up from its start, 0 where only the end is given; steps of other sizes: unknown."""
     form = op_name(node)
     start = {"arange.default": 0}.get(form, node.args[0] if node.args else None)
     if form == "arange.start_step" and len(node.args) > 2 and node.args[2] != 1:
         return None
-    return ValueRanges(start, int_oo) if isinstance(start, int) else None
+    counts = dtype == torch.int64 and isinstance(start, int)
+    return ValueRanges(start, int_oo) if counts else None
 
 
-_CREATE: dict[str, Callable[[fx.Node], Any]] = {
+_CREATE: dict[str, Callable[[fx.Node, torch.dtype], Any]] = {
     "full": _filled,
     "full_like": _filled,
     "new_full": _filled,
     "scalar_tensor": _filled,
-    "ones": _ones,
-    "ones_like": _ones,
-    "new_ones": _ones,
-    "zeros": _zeros,
-    "zeros_like": _zeros,
-    "new_zeros": _zeros,
+    "ones": lambda _, dtype: _of_dtype(1, dtype),
+    "ones_like": lambda _, dtype: _of_dtype(1, dtype),
+    "new_ones": lambda _, dtype: _of_dtype(1, dtype),
+    "zeros": lambda _, dtype: _of_dtype(0, dtype),
+    "zeros_like": lambda _, dtype: _of_dtype(0, dtype),
+    "new_zeros": lambda _, dtype: _of_dtype(0, dtype),
     "arange": _arange,
 }

@@ -27,18 +27,20 @@ class DeviceGraphs:
 
     enabled: bool
     failed: Callable[[str], object]
-    seconds: float = 0.0
-    """Time spent capturing."""
+    device: torch.device | None = None
+    """Where all of the work runs."""
     _seen: set[Hashable] = field(default_factory=set)
     _graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, object]] = field(default_factory=dict)
     _pool: Any = None
+    _stream: Any = None
 
     def run(self, key: Hashable, work: Callable[[], T]) -> T:
         """The result of `work`; everything it reads and writes must be the same for the key."""
         held = self._graphs.get(key)
         if held is not None:
             graph, result = held
-            graph.replay()
+            with torch.cuda.device(self.device):
+                graph.replay()
             return result  # type: ignore[return-value]
         if not self.enabled or key not in self._seen:
             self._seen.add(key)
@@ -49,18 +51,26 @@ class DeviceGraphs:
         started = time.perf_counter()
         try:
             graph = torch.cuda.CUDAGraph()
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                result = work()
+            with torch.cuda.device(self.device):
+                if self._pool is None:
+                    self._pool = torch.cuda.graph_pool_handle()
+                    # torch's own capture stream is of the device that was first captured on.
+                    self._stream = torch.cuda.Stream(self.device)
+                with torch.cuda.graph(
+                    graph,
+                    pool=self._pool,
+                    stream=self._stream,
+                    capture_error_mode="thread_local",
+                ):
+                    result = work()
         except RuntimeError as error:
             self.enabled = False
             self.failed(str(error).splitlines()[0])
             return work()
         self._graphs[key] = graph, result
-        self.seconds += time.perf_counter() - started
         log.info("captured the CUDA graph %s in %.2f s", key, time.perf_counter() - started)
-        graph.replay()
+        with torch.cuda.device(self.device):
+            graph.replay()
         return result
 
     @property

@@ -87,8 +87,8 @@ class Dispatcher:
         if not slot.lock.acquire(blocking=False):
             return self._busy(args, "another thread is using the model's trajectory")
         try:
-            held = slot.trajectory
-            if held is not None and held.belongs_to_another_thread():
+            # Not bound to a name here: what is replaced must be gone before its successor is made.
+            if slot.trajectory is not None and slot.trajectory.belongs_to_another_thread():
                 return self._busy(args, "another thread owns the model's trajectory")
             return self._incremental(slot, args)
         finally:
@@ -175,7 +175,12 @@ class Dispatcher:
         return blocks, max(0, int(blocks.response_start.min()) - self.config.window)
 
     def _allocate(self, args: Sequence[Any], call: CallInputs, first_row: int) -> Trajectory:
-        graphs = DeviceGraphs(self.config.cuda_graphs and call.ids.is_cuda, self._no_graphs)
+        device = call.ids.device
+        # A graph holds the work of one device, and numbers of the CPU as they were.
+        inputs = (*call.guarded, *call.weights)
+        wanted = self.config.cuda_graphs and device.type == "cuda"
+        wanted = wanted and all(tensor.device == device for tensor in inputs)
+        graphs = DeviceGraphs(wanted, self._no_graphs, device)
         caches = self.programs.allocate(args)
         with torch.inference_mode(False):
             return Trajectory.allocate(self, call, first_row, caches, graphs)

@@ -20,7 +20,7 @@ class MemoryPlan:
     summaries: int
     """Block summaries of the sparse layers."""
     logits: int
-    """The latest logits, and the copies that callers hold."""
+    """The latest rows of all outputs, and the copies that callers hold."""
     weights: int
     """Copies of weights that a step reads as one."""
     all_logits: bool

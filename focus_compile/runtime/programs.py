@@ -114,14 +114,14 @@ class Programs:
         for name, (shape, dtype) in self._state(ids).items():
             sizes[name.rpartition("_")[0]] += math.prod(shape) * dtype.itemsize
         batch, length = ids.shape
-        row = batch * self.plan.vocabulary * getattr(torch, self.plan.sites[0].dtype).itemsize
+        row = batch * sum(output.row_bytes for output in self.plan.outputs)
         copies = MOST_COPIES * length
         return MemoryPlan(
             kv=sizes["key_cache"] + sizes["value_cache"],
             summaries=sizes["summaries"],
             logits=row * (length - first_row + copies),
             weights=sum(args[at].nbytes for parts in self.merged for at in parts),
-            all_logits=first_row == 0,
+            all_logits=self.plan.logits_rows == "all",
         )
 
     def _state(self, ids: Tensor) -> dict[str, tuple[list[int], torch.dtype]]:

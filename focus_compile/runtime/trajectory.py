@@ -67,7 +67,7 @@ class SeenWeights:
     def are(self, weights: Sequence[Tensor]) -> bool:
         """Whether these are the same tensors over the same memory, and nobody wrote into it.
 
-        Part of every call and of no kernel's shadow: one pass in C for each property.
+        Part of every call: one pass in C for each property.
         """
         return (
             len(weights) == len(self._versions)
@@ -191,6 +191,7 @@ class Trajectory:
         captured over them."""
         return (
             self.first_row == first_row
+            and self.stream == current_stream(call.ids)
             and self.numbers == call.numbers
             and all(
                 mine.shape == given.shape

@@ -152,3 +152,36 @@ def test_a_mask_that_depends_on_the_length_is_known_for_one_length_only(mask: Ma
 def test_a_causal_mask_of_symbolic_length_is_seen() -> None:
     _, folding, _ = folded(CAUSAL["tril"], dynamic=True)
     assert folding.causal
+
+
+UNKNOWN: dict[str, Mask] = {
+    "rounded when filled": lambda m, p, t: torch.full((t, t), 0.5, dtype=torch.long) > 0,
+    "lost when filled": lambda m, p, t: torch.full((t, t), 1e-60) > 0,
+    "wrapped by a cast": lambda m, p, t: torch.full((t, t), -1).to(torch.uint8) < 0,
+    "rounded by a cast": lambda m, p, t: torch.full((t, t), 0.5).to(torch.long) > 0,
+    "other bits": lambda m, p, t: torch.ones(t, t).view(torch.int32) <= 1,
+}
+MIXED: dict[str, Mask] = {
+    "bools compared": lambda m, p, t: torch.ones(t, t, dtype=torch.bool) >= 1,
+    "bools added": lambda m, p, t: (
+        torch.ones(t, t, dtype=torch.bool) + torch.ones(t, t, dtype=torch.bool)
+    ),
+    "not of numbers": lambda m, p, t: torch.zeros(t, t, dtype=torch.long).logical_not(),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_casts_are_not_looked_through(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Their ranges would say that all is kept; the masks hide everything."""
+    monkeypatch.setattr(constant_masks, "LARGEST", 0)
+    q, padding = torch.randn(1, 2, 7, 4), torch.ones(1, 7, dtype=torch.long)
+    captured, _ = aten_graph(Masked(UNKNOWN[name]), q, padding)
+    gm = captured.graph_module
+    for earlier in (RemoveNoOps(), MatchAttention()):
+        earlier.apply(gm)
+    assert FoldConstantMasks().apply(gm) == 0
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_kinds_that_torch_mixes_are_evaluated(name: str) -> None:
+    assert folded(MIXED[name])[2] == 1

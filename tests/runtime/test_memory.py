@@ -6,9 +6,11 @@ import gc
 import weakref
 from typing import Any
 
+import pytest
 import torch
 
 from focus_compile.runtime.latest_rows import MOST_COPIES
+from focus_compile.runtime.programs import Programs
 from focus_compile.runtime.store import STORE
 from tests.compiled import run_call
 from tests.runtime.tiny import decided, prompt, shared, tiny_model
@@ -90,3 +92,20 @@ def test_a_long_decode_holds_a_constant_number_of_bytes() -> None:
     logits = kept[0].untyped_storage().nbytes()
     assert max(sizes) <= sizes[0] + MOST_COPIES * logits
     assert len({tensor.data_ptr() for tensor in kept}) == 16
+
+
+def test_what_is_replaced_is_gone_before_its_successor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise two trajectories would have to fit at once."""
+    model = tiny_model()
+    focus = shared(model)
+    run_call(focus, prompt())
+    old = weakref.ref(STORE.slot(model.embedding.weight).trajectory)
+    allocate, alive = Programs.allocate, []
+
+    def noted(programs: Programs, args: Any) -> Any:
+        alive.append(old() is not None)
+        return allocate(programs, args)
+
+    monkeypatch.setattr(Programs, "allocate", noted)
+    run_call(focus, prompt(length=16))
+    assert alive == [False]

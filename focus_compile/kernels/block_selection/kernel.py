@@ -140,7 +140,9 @@ def _score_kernel(
         real = packed < GROUP * rows
         row = packed % rows
         query = tl.load(
-            head_ptr + (packed // rows * q_h + row * q_r)[:, None] + channel[None, :] * q_d,
+            head_ptr
+            + ((packed // rows).to(tl.int64) * q_h + row.to(tl.int64) * q_r)[:, None]
+            + channel[None, :] * q_d,
             mask=real[:, None] & (channel < WIDTH)[None, :],
             other=0.0,
         ).to(tl.float32)

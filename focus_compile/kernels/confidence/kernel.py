@@ -29,7 +29,7 @@ def confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
     highest = torch.empty((2, count, slices), dtype=torch.float32, device=logits.device)
     best = torch.empty((count, slices), dtype=torch.int32, device=logits.device)
     with torch.cuda.device_of(logits):
-        _reduce_kernel[(slices, count)](
+        _reduce_kernel[(count, slices)](
             rows,
             highest[0],
             highest[1],
@@ -81,15 +81,15 @@ def _reduce_kernel(
     SLICE: tl.constexpr,
 ) -> None:
     """One slice of one row: its highest logit, the sum of exp(logit - highest), and the token."""
-    row = tl.program_id(1)
-    token = tl.program_id(0) * SLICE + tl.arange(0, SLICE)
+    row = tl.program_id(0)  # the axis of a grid that takes more than 65,535
+    token = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
     row_ptr = logits_ptr + (row // inner).to(tl.int64) * outer_stride
     row_ptr += (row % inner).to(tl.int64) * inner_stride
     logits = tl.load(
         row_ptr + token.to(tl.int64) * stride, mask=token < vocabulary, other=-float("inf")
     )
     highest, best, total = _join(logits.to(tl.float32), 1.0, token)
-    place = row.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    place = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     tl.store(highest_ptr + place, highest)
     tl.store(total_ptr + place, total)
     tl.store(best_ptr + place, best)

@@ -170,7 +170,10 @@ def _received_kernel(
         row = packed % rows
         keys = tl.load(k_ptr + kv_head.to(tl.int64) * k_h + key_place, mask=key_inside, other=0.0)
         queries = tl.load(
-            q_ptr + b * q_b + (head * q_h + row * q_r)[:, None] + channel[None, :] * q_d,
+            q_ptr
+            + b * q_b
+            + (head.to(tl.int64) * q_h + row.to(tl.int64) * q_r)[:, None]
+            + channel[None, :] * q_d,
             mask=real[:, None] & (channel < WIDTH)[None, :],
             other=0.0,
         )
