@@ -10,8 +10,9 @@ from focus_compile.config import FocusConfig
 from focus_compile.errors import FocusError, OptionError, RefusalError, SelfCheckError
 from focus_compile.explain import Explanation, explain
 from focus_compile.fallback import FocusWarning
-from focus_compile.frontend import compile
+from focus_compile.frontend import compile, warmup
 from focus_compile.runtime.record import StepRecord, record
+from focus_compile.runtime.warm_up import WarmUp
 
 __all__ = [
     "Explanation",
@@ -22,9 +23,11 @@ __all__ = [
     "RefusalError",
     "SelfCheckError",
     "StepRecord",
+    "WarmUp",
     "compile",
     "explain",
     "record",
+    "warmup",
 ]
 
 

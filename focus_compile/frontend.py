@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
 from focus_compile.config import FocusConfig
 from focus_compile.errors import OptionError
+from focus_compile.runtime.record import record
+from focus_compile.runtime.warm_up import WarmUp, warming_up
 
-__all__ = ["compile", "known_mask_token_id", "options_for"]
+__all__ = ["compile", "known_mask_token_id", "options_for", "warmup"]
 
 Model = TypeVar("Model")
 MASK_NAMES = ("mask_token_id", "mask_id", "mask_token_index")
@@ -56,3 +59,28 @@ def compile(model: Model, **options: Any) -> Model:
     from focus_compile.backend import focus
 
     return torch.compile(model, backend=focus, options=options_for(model, ours), **theirs)  # type: ignore[call-overload]
+
+
+def warmup(model: Callable[..., Any], *inputs: Any, **named: Any) -> tuple[WarmUp, ...]:
+    """Compile a focus-compiled model and capture its steps before the first prompt arrives.
+
+    Calls the model once, then runs a step of every bucket of up to 256 rows twice: on a GPU each is
+    a CUDA graph afterwards. What was captured serves every later prompt of these sizes (with
+    `logits="response"`, of the same split into prompt and response). The next call starts anew.
+
+    Args:
+        model: what `focus_compile.compile` or `torch.compile(backend="focus")` returned.
+        inputs, named: of a call: ids whose response is masks, and whatever else calls will have.
+
+    Returns:
+        What was prepared, for each graph of the model.
+
+    Raises:
+        OptionError: the call ran the exact program; says why.
+    """
+    with torch.no_grad(), record() as history, warming_up() as found:
+        model(*inputs, **named)
+    if not found:
+        why = history[-1].why if history else "the model is not compiled by focus_compile"
+        raise OptionError(f"warmup: nothing was prepared: {why}.")
+    return tuple(found)

@@ -32,6 +32,7 @@ from focus_compile.runtime.record import StepRecord, active_history
 from focus_compile.runtime.self_check import check_plan
 from focus_compile.runtime.store import STORE, Slot
 from focus_compile.runtime.trajectory import Blocks, Trajectory, current_stream
+from focus_compile.runtime.warm_up import WarmUp, asked_for, buckets_within
 
 __all__ = ["Dispatcher"]
 
@@ -44,6 +45,7 @@ _INFERENCE_WEIGHTS = (
 
 
 _NO_MASKS = "no mask token in the input"
+_NO_TOKEN = -1
 
 
 class Dispatcher:
@@ -114,16 +116,10 @@ class Dispatcher:
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """Refresh or step. The slot is empty while state is in flux, so nothing torn survives."""
         call = CallInputs.of(self.plan, args)
-        held, flags = slot.trajectory, None
-        why = why_not_comparable(held, self, call, current_stream(call.ids))
-        if why is None and held is not None:
-            pending = self._observe(held, call)
-            same_weights = held.weights.are(call.weights)  # while the device compares the ids
-            flags = Flags(*pending.tolist())
-            why = why_not_continued(same_weights, flags)
+        why, flags = self._compare(slot.trajectory, call)
         if not (self._any_masked(args) if flags is None else flags.masked):
             return self._exact(args, _NO_MASKS)
-        slot.trajectory = None
+        held, slot.trajectory = slot.trajectory, None
         if why is None and held is not None and flags is not None:
             outputs, entry = self._continue(held, args, flags)
             slot.trajectory = held
@@ -148,8 +144,48 @@ class Dispatcher:
             self._checked = True
             if self._refused is not None:
                 return self._exact(args, self._refused)
+        warm_up = asked_for()
+        if warm_up is not None:
+            warm_up.append(self._warm_up(held, args))
         slot.trajectory = held
         return outputs, entry
+
+    def _compare(
+        self, held: Trajectory | None, call: CallInputs
+    ) -> tuple[str | None, Flags | None]:
+        """Why the call does not continue what is held, and its flags where they were read."""
+        if asked_for() is not None:
+            return "warm-up", None
+        why = why_not_comparable(held, self, call, current_stream(call.ids))
+        if why is not None or held is None:
+            return why, None
+        pending = self._observe(held, call)
+        same_weights = held.weights.are(call.weights)  # while the device compares the ids
+        flags = Flags(*pending.tolist())
+        return why_not_continued(same_weights, flags), flags
+
+    def _warm_up(self, trajectory: Trajectory, args: Sequence[Any]) -> WarmUp:
+        """Run a step of every bucket, and capture it; afterwards no call continues the trajectory.
+
+        One compiled step serves all buckets, so that one is enough where nothing is captured.
+        """
+        t, graphs = trajectory, trajectory.graphs
+        compiled, length = self.programs.compile_seconds, t.ids.shape[1]
+        buckets = buckets_within(
+            length - t.first_row, self.config.buckets, length, t.ids.device.type
+        )
+        buckets = buckets if graphs.enabled else buckets[:1]
+        for _ in range(2):
+            self._observe(t, CallInputs.of(self.plan, args))
+            for bucket in buckets:
+                t.active.zero_()
+                t.active[:, t.first_row : t.first_row + bucket] = True
+                t.focus.copy_(t.active)
+                rows = graphs.run(("step", bucket), lambda b=bucket: self._advance(t, args, b))  # type: ignore[misc]
+                for latest in t.outputs:
+                    latest.missed(rows.clone())
+        t.ids.fill_(_NO_TOKEN)
+        return WarmUp(buckets, graphs.captured, self.programs.compile_seconds - compiled)
 
     def _observe(self, trajectory: Trajectory, call: CallInputs) -> Tensor:
         """Compare the call with the trajectory on its device: the `Flags`, not waited for."""
