@@ -212,14 +212,22 @@ class Dispatcher:
 
     def _allocate(self, args: Sequence[Any], call: CallInputs, first_row: int) -> Trajectory:
         device = call.ids.device
-        # A graph holds the work of one device, and numbers of the CPU as they were.
-        inputs = (*call.guarded, *call.weights)
-        wanted = self.config.cuda_graphs and device.type == "cuda"
-        wanted = wanted and all(tensor.device == device for tensor in inputs)
-        graphs = DeviceGraphs(wanted, self._no_graphs, device)
+        graphs = DeviceGraphs(self._captures(call), self._no_graphs, device)
         caches = self.programs.allocate(args)
         with torch.inference_mode(False):
             return Trajectory.allocate(self, call, first_row, caches, graphs)
+
+    def _captures(self, call: CallInputs) -> bool:
+        """Whether steps become CUDA graphs: these hold the work of one device, and numbers that lie
+        on the CPU as they were."""
+        device = call.ids.device
+        if not self.config.cuda_graphs or device.type != "cuda":
+            return False
+        others = {tensor.device for tensor in (*call.guarded, *call.weights)} - {device}
+        if others:
+            listed = ", ".join(sorted(map(str, others)))
+            self._no_graphs(f"the ids are on {device}, other inputs or weights on {listed}")
+        return not others
 
     def _continue(
         self, trajectory: Trajectory, args: Sequence[Any], flags: Flags

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import focus_compile
 from focus_compile.fallback import FocusWarning
 from focus_compile.runtime.device_graphs import DeviceGraphs
+from focus_compile.runtime.dispatch import Dispatcher
 from focus_compile.runtime.trajectory import Trajectory
 from tests.compiled import run_call
 from tests.runtime.tiny import OPTIONS, assert_own, decided, prompt, shared, tiny_model
@@ -76,3 +78,25 @@ def test_strict_raises_where_no_graph_can_be_captured() -> None:
     run_call(focus, decided(ids))
     with pytest.raises(focus_compile.RefusalError, match="cuda_graphs=False"):
         run_call(focus, decided(ids, 2))
+
+
+def test_inputs_on_several_devices_are_not_captured() -> None:
+    """A graph holds one device's work, and numbers of the CPU as they were."""
+    told: list[str] = []
+
+    class Asked:
+        config = focus_compile.FocusConfig()
+        _no_graphs = staticmethod(told.append)
+
+    def on(*devices: str) -> tuple[Any, ...]:
+        return tuple(SimpleNamespace(device=torch.device(name)) for name in devices)
+
+    def captures(ids: str, guarded: tuple[Any, ...], weights: tuple[Any, ...]) -> bool:
+        call = SimpleNamespace(ids=on(ids)[0], guarded=guarded, weights=weights)
+        return Dispatcher._captures(Asked(), call)  # type: ignore[arg-type]
+
+    assert captures("cuda:1", on("cuda:1"), on("cuda:1", "cuda:1"))
+    assert not captures("cpu", (), on("cpu"))
+    assert not told
+    assert not captures("cuda:0", on("cpu"), on("cuda:0", "cuda:1"))
+    assert told == ["the ids are on cuda:0, other inputs or weights on cpu, cuda:1"]
