@@ -106,7 +106,7 @@ class Runner:
             found = check_everything_active(shape, self.device, self.dtype, block, **options)
         except Refused:
             raise
-        except Exception as error:
+        except Exception as error:  # whatever it is, nothing may be reported
             console.print_exception(max_frames=4)
             raise Refused(f"alpha=1 with all rows active: {failure(error)}") from None
         found["source"] = self.result["environment"]["source"]
@@ -231,7 +231,7 @@ class GroupRun:
             return measured
         except Refused:
             raise
-        except Exception as error:
+        except Exception as error:  # an arm that fails is a row; the others go on
             if letter in POLICIES:
                 console.print_exception(max_frames=4)
                 self.runner.failed = True

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from focus_compile.kernels.mask_view import mask_view
 from focus_compile.kernels.tiling import Tiling, choose_tiling, device_limits, padded
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -105,13 +106,8 @@ def _launch(
     kv_heads, length = k.shape[1], k.shape[2]
     if scale < 0:  # the kernel takes the highest score before it scales
         q, scale = -q, -scale
-    kind = "none"
-    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
-    if mask is not None:
-        kind = "bool" if mask.dtype == torch.bool else "float"
-        mask = mask.expand(batch, heads, rows, length)
-        mask = mask.view(torch.uint8) if kind == "bool" else mask
-        mask_strides = mask.stride()
+    kind, mask = mask_view(mask, q, length)
+    mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
     blocks = sinks = candidates = None
     block_slots = sink_slots = key_block = 0
     if keys is not None:

@@ -146,7 +146,7 @@ class Dispatcher:
                 return self._exact(args, self._refused)
         warm_up = asked_for()
         if warm_up is not None:
-            warm_up.append(self._warm_up(held, args))
+            warm_up.append(self._warm_up(held, args, call))
         slot.trajectory = held
         return outputs, entry
 
@@ -164,7 +164,7 @@ class Dispatcher:
         flags = Flags(*pending.tolist())
         return why_not_continued(same_weights, flags), flags
 
-    def _warm_up(self, trajectory: Trajectory, args: Sequence[Any]) -> WarmUp:
+    def _warm_up(self, trajectory: Trajectory, args: Sequence[Any], call: CallInputs) -> WarmUp:
         """Run a step of every bucket, and capture it; afterwards no call continues the trajectory.
 
         One compiled step serves all buckets, so that one is enough where nothing is captured.
@@ -176,14 +176,12 @@ class Dispatcher:
         )
         buckets = buckets if graphs.enabled else buckets[:1]
         for _ in range(2):
-            self._observe(t, CallInputs.of(self.plan, args))
+            self._observe(t, call)
             for bucket in buckets:
                 t.active.zero_()
                 t.active[:, t.first_row : t.first_row + bucket] = True
                 t.focus.copy_(t.active)
-                rows = graphs.run(("step", bucket), lambda b=bucket: self._advance(t, args, b))  # type: ignore[misc]
-                for latest in t.outputs:
-                    latest.missed(rows.clone())
+                self._run_bucket(t, args, bucket)
         t.ids.fill_(_NO_TOKEN)
         return WarmUp(buckets, graphs.captured, self.programs.compile_seconds - compiled)
 
@@ -284,11 +282,7 @@ class Dispatcher:
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         t = trajectory
         bucket = bucket_for(flags.largest, self.config.buckets, t.ids.shape[1], t.ids.device.type)
-        rows = t.graphs.run(("step", bucket), lambda: self._advance(t, args, bucket))
-        if t.graphs.captured:
-            rows = rows.clone()  # the next replay overwrites it
-        for latest in t.outputs:
-            latest.missed(rows)
+        self._run_bucket(t, args, bucket)
         outputs = tuple(latest.hand_out() for latest in t.outputs)
         t.steps_since_refresh += 1
         entry = {
@@ -299,6 +293,15 @@ class Dispatcher:
             "keys": self._keys_read(t.ids.shape[1], t),
         }
         return outputs, entry
+
+    def _run_bucket(self, trajectory: Trajectory, args: Sequence[Any], bucket: int) -> None:
+        """A step of the trajectory's active rows, as one CUDA graph where that is captured."""
+        t = trajectory
+        rows = t.graphs.run(("step", bucket), lambda: self._advance(t, args, bucket))
+        if t.graphs.captured:
+            rows = rows.clone()  # the next replay overwrites it
+        for latest in t.outputs:
+            latest.missed(rows)
 
     def _advance(self, trajectory: Trajectory, args: Sequence[Any], bucket: int) -> Tensor:
         """The device's part of a step; returns the rows computed, int64 [batch, bucket]."""

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kernels.devices import DOT_DTYPES, each_device, moved
 from tests.kernels.strategies import (
     Problem,
     assert_as_accurate,
@@ -31,26 +32,8 @@ from focus_compile.kernels.sparse_attention.op import sparse_attention
 from focus_compile.kernels.split_kv import KeyList, attend
 from focus_compile.kernels.tiling import H100, Device, Tiling, choose_splits, choose_tiling
 
-CUDA = torch.cuda.is_available()
-DEVICES = [
-    pytest.param("cuda", marks=pytest.mark.gpu),
-    pytest.param("cpu", marks=pytest.mark.skipif(CUDA, reason="compiled, not interpreted")),
-]
-DTYPES = {
-    "cpu": (torch.float32,),  # the interpreter's bfloat16 dot is wrong
-    "cuda": (torch.float32, torch.float16, torch.bfloat16),
-}
 SMALL_TILES = (None, Tiling(16, 16, 1, 4, 2), Tiling(16, 32, 3, 4, 3), Tiling(32, 16, 5, 4, 2))
 few = settings(deadline=None, max_examples=12)
-
-
-def moved(tensor: Tensor | None, device: str) -> Tensor | None:
-    """The same strides over a copied storage."""
-    if tensor is None:
-        return None
-    storage = tensor.as_strided((tensor.untyped_storage().size() // tensor.itemsize,), (1,), 0)
-    copy = storage.to(device)
-    return copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def on(problem: Problem, device: str) -> Problem:
@@ -91,32 +74,32 @@ def check_sparse(
     return out
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@each_device
 @few
 @given(data=st.data())
 def test_all_keys(device: str, data: st.DataObject) -> None:
-    problem = data.draw(problems(dtypes=DTYPES[device]))
+    problem = data.draw(problems(dtypes=DOT_DTYPES[device]))
     out, lse = run(problem, device, tiling=data.draw(st.sampled_from(SMALL_TILES)))
     assert_as_accurate(out, exact(problem), plain_attention(problem), problem.v)
     torch.testing.assert_close(lse, normaliser(problem).float(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@each_device
 @few
 @given(data=st.data())
 def test_listed_keys(device: str, data: st.DataObject) -> None:
-    problem = data.draw(problems(dtypes=DTYPES[device]))
+    problem = data.draw(problems(dtypes=DOT_DTYPES[device]))
     keys = data.draw(key_sets(problem))
     check_sparse(problem, keys, device, data.draw(st.sampled_from(SMALL_TILES)))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@each_device
 @pytest.mark.parametrize("mask", ["none", "bool", "float", "heads"])
 @pytest.mark.parametrize(("splits", "width"), [(1, 64), (4, 80)])
 def test_seven_query_heads_a_kv_head(device: str, mask: str, splits: int, width: int) -> None:
     """Dream's group; a head dimension that is no power of two; several tiles of rows and keys."""
     torch.manual_seed(0)
-    for dtype in DTYPES[device]:
+    for dtype in DOT_DTYPES[device]:
         rows, length = 11, 203
         masks = {
             "none": None,
@@ -138,7 +121,7 @@ def test_seven_query_heads_a_kv_head(device: str, mask: str, splits: int, width:
         check_sparse(problem, keys, device, tiling)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@each_device
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize(
     "sinks",
@@ -162,7 +145,7 @@ def test_sinks_count_once(device: str, splits: int, sinks: list[int]) -> None:
     check_sparse(problem, keys, device, Tiling(16, 16, splits, 4, 2))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@each_device
 @pytest.mark.parametrize("key_block", [1, 3, 32])
 def test_many_blocks(device: str, key_block: int) -> None:
     """More ids than are counted at once, where blocks are single tokens."""
@@ -184,7 +167,7 @@ def test_many_blocks(device: str, key_block: int) -> None:
     check_sparse(problem, keys, device, Tiling(16, 64, 2, 4, 3))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@each_device
 @pytest.mark.parametrize("splits", [1, 2])
 def test_nothing_to_read(device: str, splits: int) -> None:
     tiling = Tiling(16, 16, splits, 4, 2)
@@ -202,7 +185,7 @@ def test_nothing_to_read(device: str, splits: int) -> None:
     assert (out.shape, lse.shape) == ((2, 4, 0, 8), (2, 4, 0))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@each_device
 @pytest.mark.parametrize("splits", [1, 2])
 def test_masks_that_hide_everything(device: str, splits: int) -> None:
     """-inf and False leave zeros; the lowest finite number leaves the mean, as in torch."""
@@ -218,7 +201,7 @@ def test_masks_that_hide_everything(device: str, splits: int) -> None:
     torch.testing.assert_close(out, v.mean(2, keepdim=True).expand(q.shape))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@each_device
 @pytest.mark.parametrize("scale", [-0.4, 0.0, 3.0])
 def test_any_scale(device: str, scale: float) -> None:
     problem = Problem(
@@ -233,7 +216,7 @@ def test_any_scale(device: str, scale: float) -> None:
     assert_as_accurate(out, exact(problem), plain_attention(problem), problem.v)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@each_device
 def test_the_ops_functions(device: str) -> None:
     """The three functions of the kernel files, and their default tiling."""
     torch.manual_seed(0)
@@ -257,7 +240,7 @@ def test_the_ops_functions(device: str) -> None:
 def test_many_rows(device: str, mask: str) -> None:
     """Torch's attention, and still zeros for a row without keys."""
     torch.manual_seed(0)
-    for dtype in DTYPES[device]:
+    for dtype in DOT_DTYPES[device]:
         rows, length = dense_kernel.MANY_ROWS + 8, 64
         masks = {
             "none": None,

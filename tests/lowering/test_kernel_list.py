@@ -21,7 +21,7 @@ from torch._inductor.runtime.triton_heuristics import start_graph, end_graph
 aten = torch.ops.aten
 async_compile = AsyncCompile()
 
-# kernel path: /tmp/torchinductor/ab/cab.py
+# kernel path: ab/cab.py
 # Topologically Sorted Source Nodes: [x, norm], Original ATen: [aten.embedding, aten._to_copy, \
 aten.pow, aten.mean, aten.rsqrt, aten.mul]
 # Source node to ATen node mapping:

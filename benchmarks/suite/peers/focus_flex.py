@@ -100,7 +100,7 @@ class FocusFlex(FocusEager):
                     enable_gqa=grouped,
                     kernel_options=options,
                 )
-            except Exception:
+            except Exception:  # a kernel that does not compile fails in many ways: try the next
                 if options is tried[-1]:
                     raise
                 continue

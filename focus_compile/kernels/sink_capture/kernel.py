@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from focus_compile.kernels.mask_view import mask_view
+from focus_compile.kernels.tiling import padded
 from focus_compile.kernels.top_k import choose_highest
 
 _SHARED_MEMORY = 200 * 1024  # of one program on an H100
@@ -49,15 +51,16 @@ def attention_received(
     batch, heads, rows, width = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
     group = heads // kv_heads
-    padded = max(triton.next_power_of_2(width), 16)
-    keys, row_tile = _tiles(padded * q.element_size(), length, group * rows)
+    channels = padded(width)
+    keys, row_tile = _tiles(channels * q.element_size(), length, group * rows)
     tiles = triton.cdiv(length, keys)
     heads_a_part = triton.cdiv(kv_heads, min(kv_heads, triton.cdiv(_PROGRAMS, batch * tiles)))
     parts = triton.cdiv(kv_heads, heads_a_part)
     out = torch.empty((batch, parts, length), dtype=torch.float32, device=q.device)
-    kind, mask = _mask_kind(mask), q if mask is None else _expanded(mask, q, length)
+    kind, viewed = mask_view(mask, q, length)
+    mask = q if viewed is None else viewed
     shared = kind == "none" or mask.stride(1) == mask.stride(2) == 0
-    stage = (keys + row_tile) * padded * q.element_size()  # in bytes
+    stage = (keys + row_tile) * channels * q.element_size()  # in bytes
     stage += 0 if shared else keys * row_tile * mask.element_size()
     _received_kernel[(tiles, parts, batch)](
         q, k, lse, weight, mask, limit, out,
@@ -67,7 +70,7 @@ def attention_received(
         WIDTH=width,
         MASK=kind,
         ONE_ROW_MASK=shared,
-        D=padded,
+        D=channels,
         ROWS=row_tile,
         KEYS=keys,
         STAGES=min(max(_SHARED_MEMORY // stage, 1), 3),
@@ -81,19 +84,6 @@ def _tiles(size: int, length: int, rows: int) -> tuple[int, int]:
     most = max(min(32768 // size, 128), 16)
     keys = min(max(triton.next_power_of_2(length), 16), most)
     return keys, min(max(triton.next_power_of_2(rows), 16), most)
-
-
-def _mask_kind(mask: Tensor | None) -> str:
-    if mask is None:
-        return "none"
-    return "bool" if mask.dtype == torch.bool else "float"
-
-
-def _expanded(mask: Tensor, q: Tensor, length: int) -> Tensor:
-    """The mask as [B, H, R, T], a view; bool as bytes."""
-    if mask.dtype == torch.bool:
-        mask = mask.view(torch.uint8)
-    return mask.expand(*q.shape[:3], length)
 
 
 @triton.jit
