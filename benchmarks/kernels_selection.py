@@ -146,7 +146,7 @@ def verify_highest(chosen: Tensor, scores: Tensor, count: int) -> None:
     assert not rest.any() or float(scores[ids].min()) >= float(scores[rest].max()) - error
 
 
-def block_rows(model: Model, length: int, longest: bool) -> list[Row]:
+def block_row(model: Model, length: int) -> Row:
     q = normal(1, ROWS, model.heads, WIDTH).transpose(1, 2)
     summaries = block_summaries(normal(1, model.kv_heads, length, WIDTH), KEY_BLOCK, "bound")
     weight = torch.ones(1, ROWS, device="cuda")
@@ -156,21 +156,15 @@ def block_rows(model: Model, length: int, longest: bool) -> list[Row]:
     parts = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1).double().sum(2)
     pooled = parts.unflatten(1, (model.kv_heads, -1)).sum(2)[0]
     scores = (summaries[0].double() @ pooled[..., None]).sum(0)[:, 0]
-    rows = []
-    for name, one_launch in (("select_blocks", False), ("select_blocks, one launch", True)):
-        if one_launch and not longest:
-            continue
 
-        def call(s: Tensor, one: bool = one_launch) -> Tensor:
-            return blocks_kernel.select_blocks(q, weight, s, candidates, keep, one)
+    def call(s: Tensor) -> Tensor:
+        return blocks_kernel.select_blocks(q, weight, s, candidates, keep)
 
-        for _ in range(3):
-            verify_highest(call(summaries)[0], scores[: total - 8], int(keep))
-        rows.append(
-            row(name, model, (length, ROWS), summaries, call,
-                lambda: plain_blocks.select_blocks(q, weight, summaries, candidates, keep))
-        )  # fmt: skip
-    return rows
+    verify_highest(call(summaries)[0], scores[: total - 8], int(keep))
+    return row(
+        "select_blocks", model, (length, ROWS), summaries, call,
+        lambda: plain_blocks.select_blocks(q, weight, summaries, candidates, keep),
+    )  # fmt: skip
 
 
 def sink_row(model: Model, length: int) -> Row:
@@ -233,7 +227,7 @@ def main(
     with torch.no_grad():
         for model in MODELS:
             for length in sizes:
-                rows += block_rows(model, length, length == max(sizes))
+                rows.append(block_row(model, length))
                 rows.append(sink_row(model, length))
             rows += [confidence_row(model, count) for count in (64, 128)]
     show(rows)

@@ -53,6 +53,9 @@ class FocusConfig:
     """w: total width, in tokens, of the window of active rows around each focus row."""
     keep_ratio: float = 0.5
     """alpha: share of the prompt's key blocks that a sparse layer reads."""
+    dense_if_faster: bool | None = None
+    """Read all keys in every layer where choosing some takes longer: both are timed on the device
+    when the model is compiled, and `explain` gives the figures. None: on a GPU."""
     sink_tokens: int = 16
     """Prompt positions kept in every sparse layer because they attract attention."""
     key_block: int = 32
@@ -120,6 +123,11 @@ class FocusConfig:
                 raise OptionError.unknown(str(name), fields)
             values[name] = value
         return cls(**values)
+
+    @property
+    def focus_rows(self) -> int:
+        """Rows of a step that follows one decoded token, at most."""
+        return self.expansion * max(self.window, 1)
 
     def dense_layers_for(self, layers: int) -> int:
         """l_dense in a model of `layers` attention sites."""
@@ -210,6 +218,7 @@ _CHECKS: dict[str, Any] = {
     "logits": _one_of(LOGITS_ROWS),
     "buckets": _buckets,
     "merge_projections": _optional_flag,
+    "dense_if_faster": _optional_flag,
     "cuda_graphs": _flag,
     "strict": _flag,
     "dryrun": _flag,

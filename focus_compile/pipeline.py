@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from dataclasses import dataclass, replace
@@ -16,8 +17,9 @@ from torch import fx
 from focus_compile.capture import Capture
 from focus_compile.config import VERIFY, FocusConfig, verify_level
 from focus_compile.errors import PassError
+from focus_compile.key_costs import KeyShape, key_costs
 from focus_compile.passes.constant_masks import FoldConstantMasks
-from focus_compile.passes.graph_tools import arg, op_name, shape_of, tensor_of, user_line
+from focus_compile.passes.graph_tools import arg, concrete, op_name, shape_of, tensor_of, user_line
 from focus_compile.passes.match_attention import MatchAttention
 from focus_compile.passes.merge_projections import MergedWeights, MergeProjections
 from focus_compile.passes.refresh_program import BuildRefresh
@@ -152,6 +154,7 @@ def _analyse(
         length=length,
         vocabulary=vocabulary,
     )
+    plan = _with_key_costs(plan, ids, config)
     refusals = _refusals(plan, gm.graph, matching, folding, config)
     if refusals:
         return replace(plan, refusals=tuple(refusals))
@@ -266,6 +269,34 @@ def _regions(layers: int, config: FocusConfig) -> list[str]:
         + ["sparse-suffix"] * sparse
         + ["dense-tail"] * tail
     )
+
+
+def _with_key_costs(plan: Plan, ids: fx.Node, config: FocusConfig) -> Plan:
+    """The plan with all keys in every layer where choosing some would cost more."""
+    sparse = plan.sites_of("sparse-suffix")
+    tensor = tensor_of(ids)
+    if tensor is None or not sparse:
+        return plan
+    if not (tensor.is_cuda if config.dense_if_faster is None else config.dense_if_faster):
+        return plan
+    batch, length = (concrete(size) for size in tensor.shape)
+    site = sparse[0]
+    blocks = length // config.key_block
+    costs = key_costs(
+        KeyShape(
+            batch=batch, heads=site.heads, kv_heads=site.kv_heads, head_dim=site.head_dim,
+            length=length, rows=min(config.focus_rows, length),
+            key_block=config.key_block, kept=math.ceil(blocks * config.keep_ratio),
+            sinks=config.sink_tokens, block_summary=config.block_summary, sparse=len(sparse),
+            dtype=getattr(torch, site.dtype), device=tensor.device,
+        )
+    )  # fmt: skip
+    if costs is None:
+        return plan
+    sites = plan.sites
+    if costs.dense_wins:
+        sites = tuple(replace(site, region="dense-prefix") for site in sites)
+    return replace(plan, sites=sites, key_costs=costs)
 
 
 def _refusals(

@@ -9,6 +9,8 @@ from typing import Any
 
 import sympy
 
+from focus_compile.key_costs import KeyCosts
+
 __all__ = [
     "Factor",
     "InputRole",
@@ -146,6 +148,8 @@ class Plan:
     """Which rows a refresh returns: "all", or "response"."""
     merge_projections: bool = False
     """Whether the step's linear layers of one input become one."""
+    key_costs: KeyCosts | None = None
+    """What choosing keys and reading all would cost, where that was measured."""
     refusals: tuple[Refusal, ...] = ()
     misses: tuple[Refusal, ...] = ()
     operations: tuple[tuple[str, int], ...] = field(default=(), repr=False)
@@ -186,6 +190,7 @@ class Plan:
             "sink_tokens": self.sink_tokens,
             "logits_rows": self.logits_rows,
             "merge_projections": self.merge_projections,
+            "key_costs": None if self.key_costs is None else self.key_costs.to_dict(),
             "inputs": [
                 {"position": item.position, "name": item.name, "role": item.role}
                 for item in self.inputs
@@ -214,6 +219,8 @@ class Plan:
             shape = f"{site.heads}/{site.kv_heads} heads of {site.head_dim}"
             what = f"{site.region:<13} {site.spelling}, {shape}{mask}"
             lines.append(f"  layer {site.index:>2} {what}")
+        if self.key_costs is not None:
+            lines.append(f"  keys: {self.key_costs}")
         if self.rows:
             counts = ", ".join(f"{name} {count}" for name, count in self.operations)
             lines.append(f"  row-wise: {len(self.rows)} ops ({counts})")

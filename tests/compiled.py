@@ -20,10 +20,12 @@ __all__ = ["SeenStep", "compiled", "run_call", "seen_steps"]
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:
-    """The focus-compiled model in a clean Dynamo; options default to the eager lowering."""
+    """The focus-compiled model in a clean Dynamo; options default to the eager lowering, and to
+    sparse keys whatever they cost."""
     torch._dynamo.reset()
     dynamic = options.pop("dynamic", False)
-    return focus_compile.compile(model, **({"lowering": "eager"} | options), dynamic=dynamic)
+    defaults = {"lowering": "eager", "dense_if_faster": False}
+    return focus_compile.compile(model, **(defaults | options), dynamic=dynamic)
 
 
 def run_call(model: Any, ids: Tensor, **inputs: Any) -> tuple[Tensor, focus_compile.StepRecord]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -97,7 +98,8 @@ def peers_agreement(
     found: dict[str, float] = {}
     for reference, others in (("c", "d"), ("e", "fg")):
         canvas = Canvas.random(small, cell.context, block, block, device, seed=11)
-        arms = {a: make_arm(a, model, small, cell, options) for a in reference + others}
+        chosen = replace(options, ours=options.ours | {"dense_if_faster": False})
+        arms = {a: make_arm(a, model, small, cell, chosen) for a in reference + others}
         for arm in arms.values():
             arm.begin(canvas)
         at = canvas.block(0)

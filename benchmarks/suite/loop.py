@@ -65,12 +65,13 @@ class Canvas:
 @dataclass(frozen=True)
 class Ran:
     """What an arm's last call was: "refresh", "step", "vanilla" or "exact"; rows computed and, for
-    a step, the rows that it was padded to."""
+    a step, the rows that it was padded to and whether every layer read all keys."""
 
     program: str
     rows: int
     bucket: int
     compile_seconds: float = 0.0
+    all_keys: bool = True
 
 
 class Arm(Protocol):

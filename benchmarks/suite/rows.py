@@ -77,10 +77,11 @@ class RowMaker:
     @staticmethod
     def _rows_of_steps(measured: Measurement) -> dict[str, Any]:
         if not measured.steps:
-            return {"rows": None, "bucket": None, "padding": None}
+            return {"rows": None, "bucket": None, "padding": None, "all_keys": None}
+        all_keys = all(call.ran.all_keys for call in measured.steps)
         rows = statistics.mean(call.ran.rows for call in measured.steps)
         bucket = statistics.mean(call.ran.bucket for call in measured.steps)
-        return {"rows": rows, "bucket": bucket, "padding": bucket / rows}
+        return {"rows": rows, "bucket": bucket, "padding": bucket / rows, "all_keys": all_keys}
 
     def _vanilla(self, cell: Cell, row: dict[str, Any]) -> dict[str, Any]:
         floor = self._full(cell)
@@ -117,7 +118,7 @@ class RowMaker:
         }
         if not measured.steps:
             return found | {"floor_ms": full.ms}
-        settings = self.options.settings(self.shape, cell.alpha) if arm in "efg" else None
+        settings = None if row["all_keys"] else self.options.settings(self.shape, cell.alpha)
         length = cell.context + self.generated
         floor = step_floor(
             self.shape, length, cell.context, row["rows"], settings, self.ceilings, self.width

@@ -48,12 +48,12 @@ def choose_highest(parts: Tensor, limit: Tensor, count: Tensor | int, width: int
     return out
 
 
-def block_of(length: int) -> int:
+def _block_of(length: int) -> int:
     """Width of the register vector that holds `length` scores, or a segment of them."""
     return min(max(triton.next_power_of_2(length), 16), WIDE)
 
 
-def tile_of(parts: int, block: int, warps: int) -> int:
+def _tile_of(parts: int, block: int, warps: int) -> int:
     """How many parts are loaded at once: 64 scores a thread."""
     return min(triton.next_power_of_2(parts), max(64 * 32 * warps // block, 1))
 
@@ -67,7 +67,7 @@ def _launch(
     scores: Tensor | None,
     segments: int,
 ) -> None:
-    block = block_of(parts.shape[2])
+    block = _block_of(parts.shape[2])
     warps = min(max(block // 128, 1), 16)
     _choose_kernel[(segments, parts.shape[0])](
         parts,
@@ -81,7 +81,7 @@ def _launch(
         out.shape[1] // segments,
         limit.stride(0),
         count.stride(0) if isinstance(count, Tensor) else 0,
-        TILE=tile_of(parts.shape[1], block, warps),
+        TILE=_tile_of(parts.shape[1], block, warps),
         HAS_IDS=ids is not None,
         HAS_SCORES=scores is not None,
         COUNTS=isinstance(count, Tensor),
@@ -135,7 +135,7 @@ def _choose_kernel(
     b = tl.program_id(1).to(tl.int64)
     position = segment * BLOCK + tl.arange(0, BLOCK)
     inside = position < length
-    score = sum_parts(parts_ptr + b * parts * length, position, inside, parts, length, TILE, BLOCK)
+    score = _sum_parts(parts_ptr + b * parts * length, position, inside, parts, length, TILE, BLOCK)
     if HAS_IDS:
         ids = tl.load(ids_ptr + b * length + position, mask=inside, other=-1)
         valid = ids >= 0
@@ -147,7 +147,7 @@ def _choose_kernel(
     else:
         count = count_ptr
     row = b * tl.num_programs(0) + segment
-    store_highest(
+    _store_highest(
         score,
         ids,
         valid,
@@ -161,7 +161,7 @@ def _choose_kernel(
 
 
 @triton.jit
-def sum_parts(
+def _sum_parts(
     parts_ptr: tl.tensor,
     position: tl.tensor,
     inside: tl.tensor,
@@ -170,7 +170,7 @@ def sum_parts(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """Sum over [parts, length] float32 at `position` [BLOCK], past the L1 cache."""
+    """Sum over [parts, length] float32 at `position` [BLOCK]."""
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, parts, TILE):
         part = first + tl.arange(0, TILE)
@@ -178,14 +178,13 @@ def sum_parts(
             parts_ptr + part[:, None] * length + position[None, :],
             mask=(part < parts)[:, None] & inside[None, :],
             other=0.0,
-            cache_modifier=".cg",
         )
         total += tl.sum(tile, 0)
     return total
 
 
 @triton.jit
-def store_highest(
+def _store_highest(
     score: tl.tensor,
     ids: tl.tensor,
     valid: tl.tensor,

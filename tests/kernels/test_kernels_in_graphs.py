@@ -14,8 +14,8 @@ from focus_compile.kernels.sink_capture import kernel as sinks_kernel
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("length", "one_launch"), [(700, False), (700, True), (5000, False)])
-def test_all_are_captured_in_a_cuda_graph(length: int, one_launch: bool) -> None:
+@pytest.mark.parametrize("length", [700, 5000])
+def test_all_are_captured_in_a_cuda_graph(length: int) -> None:
     """And a replay reads what its inputs hold by then. 5,000 are more than one program holds."""
     torch.manual_seed(0)
     q, k = torch.randn(2, 8, 9, 64), torch.randn(2, 2, length, 64)
@@ -26,7 +26,7 @@ def test_all_are_captured_in_a_cuda_graph(length: int, one_launch: bool) -> None
 
     def run() -> list[Tensor]:
         q, k, weight, logits, limit, keep = tensors
-        blocks = blocks_kernel.select_blocks(q, weight, k, limit, keep, one_launch)
+        blocks = blocks_kernel.select_blocks(q, weight, k, limit, keep)
         sinks = sinks_kernel.capture_sinks(q, k, lse, weight, None, limit, 16, 1.0)
         return [blocks, sinks, *confidence_kernel.confidence(logits)]
 

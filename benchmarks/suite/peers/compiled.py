@@ -42,7 +42,13 @@ class Compiled:
         self.history.append(last)
         if last.program == "exact":
             raise RuntimeError(f"a call ran the exact program: {last.why}")
-        self.ran = Ran(last.program, last.rows, last.bucket or last.rows, last.compile_seconds)
+        self.ran = Ran(
+            last.program,
+            last.rows,
+            last.bucket or last.rows,
+            last.compile_seconds,
+            all_keys="sparse-suffix" not in last.keys,
+        )
         self._handed_out = logits
         return logits
 

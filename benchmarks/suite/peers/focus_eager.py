@@ -127,7 +127,7 @@ class FocusEager:
         rows = (around | changed).nonzero()[:, 0]
         count = len(rows)
         padding = -count % self.row_multiple
-        self.ran = Ran("step", count, count + padding)
+        self.ran = Ran("step", count, count + padding, all_keys=False)
         real = torch.ones_like(rows, dtype=torch.float32)
         if padding:
             rows = torch.cat([rows, rows[:1].expand(padding)])

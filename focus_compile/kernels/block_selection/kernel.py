@@ -3,21 +3,12 @@ summaries past them, then one program a sequence chooses (see `top_k`)."""
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from focus_compile.kernels.top_k import (
-    WIDE,
-    block_of,
-    choose_highest,
-    store_highest,
-    sum_parts,
-    tile_of,
-)
+from focus_compile.kernels.top_k import choose_highest
 
 _PROGRAMS = 264  # score at a time: two for each multiprocessor of an H100
 _WARPS = 4
@@ -26,52 +17,30 @@ _STAGES = 4
 
 
 def select_blocks(
-    q: Tensor,
-    weight: Tensor,
-    summaries: Tensor,
-    candidates: Tensor,
-    keep: Tensor,
-    one_launch: bool = False,
+    q: Tensor, weight: Tensor, summaries: Tensor, candidates: Tensor, keep: Tensor
 ) -> Tensor:
-    """See op.py.
-
-    one_launch: the program of a sequence that scores last also chooses. Calls that run at the same
-    time on several streams of one device must not ask for it: they would share a counter.
-    """
+    """See op.py."""
     batch, kv_heads, blocks, _ = summaries.shape
     if batch == 0 or blocks == 0:
         return candidates.new_empty((batch, blocks))
     parts = torch.empty((batch, kv_heads, blocks), dtype=torch.float32, device=q.device)
-    one_launch = one_launch and blocks <= WIDE
-    out = candidates.new_empty((batch, blocks)) if one_launch else candidates
     with torch.cuda.device_of(q):
-        _score(q, weight, summaries, parts, candidates, keep, out, one_launch)
-        return out if one_launch else choose_highest(parts, candidates, keep, blocks)
+        _score(q, weight, summaries, parts)
+        return choose_highest(parts, candidates, keep, blocks)
 
 
-def _score(
-    q: Tensor,
-    weight: Tensor,
-    summaries: Tensor,
-    parts: Tensor,
-    candidates: Tensor,
-    keep: Tensor,
-    out: Tensor,
-    choose: bool,
-) -> None:
+def _score(q: Tensor, weight: Tensor, summaries: Tensor, parts: Tensor) -> None:
     batch, heads, rows, width = q.shape
     _, kv_heads, blocks, wide = summaries.shape
     group = heads // kv_heads
     padded = triton.next_power_of_2(width)
-    everything = block_of(blocks) if choose else 1
     tile = max(_TILE_BYTES // (padded * q.element_size() * (wide // width)), 1)
     tiles = triton.cdiv(blocks, tile)
     shares = min(triton.cdiv(_PROGRAMS, batch * kv_heads), tiles)
     _score_kernel[(shares, kv_heads, batch)](
-        q, weight, summaries, parts, candidates, keep, out,
-        _tickets(q.device, batch) if choose else out,
+        q, weight, summaries, parts,
         rows, blocks, triton.cdiv(tiles, shares) * tile,
-        *q.stride(), *weight.stride(), *summaries.stride(), candidates.stride(0), keep.stride(0),
+        *q.stride(), *weight.stride(), *summaries.stride(),
         GROUP=group,
         WIDTH=width,
         BOUND=wide != width,
@@ -79,17 +48,8 @@ def _score(
         ROWS=min(max(triton.next_power_of_2(group * rows), 1), max(4096 // padded, 1)),
         BLOCKS=tile,
         STAGES=_STAGES,
-        CHOOSE=choose,
-        HEAD_TILE=tile_of(kv_heads, everything, _WARPS),
-        ALL=everything,
         num_warps=_WARPS,
     )  # fmt: skip
-
-
-@functools.cache
-def _tickets(device: torch.device, batch: int) -> Tensor:
-    """Zeros [B] int32 that every launch leaves at zero."""
-    return torch.zeros(batch, dtype=torch.int32, device=device)
 
 
 @triton.jit
@@ -98,10 +58,6 @@ def _score_kernel(
     weight_ptr: tl.tensor,
     summaries_ptr: tl.tensor,
     parts_ptr: tl.tensor,
-    candidates_ptr: tl.tensor,
-    keep_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    ticket_ptr: tl.tensor,
     rows: tl.tensor,
     blocks: tl.tensor,
     share: tl.tensor,
@@ -115,8 +71,6 @@ def _score_kernel(
     summaries_h: tl.tensor,
     summaries_j: tl.tensor,
     summaries_d: tl.tensor,
-    candidates_b: tl.tensor,
-    keep_b: tl.tensor,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
     BOUND: tl.constexpr,
@@ -124,9 +78,6 @@ def _score_kernel(
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
-    CHOOSE: tl.constexpr,
-    HEAD_TILE: tl.constexpr,
-    ALL: tl.constexpr,
 ) -> None:
     """Relevance of a share of the blocks to one kv head's queries, into parts [B, Hkv, NB]."""
     head = tl.program_id(1)
@@ -175,27 +126,3 @@ def _score_kernel(
             lowest = tl.load(lowest_ptr + place, mask=inside, other=0.0)
             product += lowest.to(tl.float32) * pooled_negative
         tl.store(sequence_ptr + head * blocks + block, tl.sum(product, 1), mask=block < blocks)
-
-    if CHOOSE:
-        tl.debug_barrier()  # all of the program's stores, before its ticket
-        ticket = tl.atomic_add(ticket_ptr + b, 1, sem="acq_rel")
-        if ticket == tl.num_programs(0) * tl.num_programs(1) - 1:
-            tl.debug_barrier()
-            position = tl.arange(0, ALL)
-            score = sum_parts(
-                sequence_ptr, position, position < blocks, heads, blocks, HEAD_TILE, ALL
-            )
-            ids = position.to(tl.int64)
-            limit = tl.load(candidates_ptr + b * candidates_b)
-            store_highest(
-                score,
-                ids,
-                (position < blocks) & (ids < limit),
-                tl.load(keep_ptr + b * keep_b),
-                out_ptr + b * blocks,
-                parts_ptr,
-                blocks,
-                False,
-                ALL,
-            )
-            tl.store(ticket_ptr + b, 0)
