@@ -29,7 +29,15 @@ from focus_compile.passes.token_axis import NotTokenWise, prove_rows
 from focus_compile.plan import InputRole, Plan, Refusal, Site
 from focus_compile.verify import execute_on_random_inputs, same_results, verify
 
-__all__ = ["DUMP", "VERIFY", "Pipeline", "ProgramGraphs", "build_programs", "plan_graph"]
+__all__ = [
+    "DUMP",
+    "VERIFY",
+    "Pipeline",
+    "ProgramGraphs",
+    "build_programs",
+    "plan_graph",
+    "weight_rows",
+]
 
 DUMP = "FOCUS_COMPILE_DUMP"
 """Folder that receives the graph after every stage, and the plan."""
@@ -113,12 +121,12 @@ def build_programs(pipeline: Pipeline, plan: Plan) -> ProgramGraphs:
     pipeline.dump("step", step)
     merged: tuple[MergedWeights, ...] = ()
     if plan.merge_projections:
-        merged = MergeProjections(_weight_rows(pipeline.gm, plan)).apply(step)
+        merged = MergeProjections(weight_rows(pipeline.gm, plan)).apply(step)
         pipeline.dump(MergeProjections.name, step)
     return ProgramGraphs(refresh, step, merged)
 
 
-def _weight_rows(gm: fx.GraphModule, plan: Plan) -> dict[str, int]:
+def weight_rows(gm: fx.GraphModule, plan: Plan) -> dict[str, int]:
     """Length of the first axis of the weights, by the name of their placeholder."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     weights = [placeholders[at] for at in plan.positions("weight")]

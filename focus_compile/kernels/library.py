@@ -58,10 +58,11 @@ def _lazy(folder: str, name: str, fast: str) -> Callable[..., Any]:
 
 
 def _by_dtype(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel` where the first argument's dtype is one that it takes, else `plain`."""
+    """`kernel` where the first argument's dtype is one that it takes, or no float, else `plain`."""
 
     def call(first: Tensor, *rest: Any) -> Any:
-        return (kernel if first.dtype in KERNEL_DTYPES else plain)(first, *rest)
+        taken = first.dtype in KERNEL_DTYPES or not first.is_floating_point()
+        return (kernel if taken else plain)(first, *rest)
 
     return call
 

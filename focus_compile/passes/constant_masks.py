@@ -65,7 +65,7 @@ def _judge(
     """(keeps everything at every call, hides every later key from every query)."""
     if _hides_nothing(mask):
         return True, False
-    order = _ancestors(mask)
+    order = ancestors_of(mask)
     inputs = [n for n in order if n.op == "placeholder"]
     fake = fake_of(mask)
     elements = 1
@@ -74,9 +74,9 @@ def _judge(
     known = {n: _stands_in(n) if n.name not in buffers else buffers[n.name].cpu() for n in inputs}
     if any(value is None for value in known.values()) or elements > LARGEST:
         return False, False
-    value = _evaluate(gm, order, mask, known)
+    value = evaluate_mask(gm, order, mask, known)
     constant = not inputs and not any(isinstance(s, torch.SymInt) for s in fake.shape)
-    keeps = value if value.dtype == torch.bool else value > _negligible(value.dtype)
+    keeps = value if value.dtype == torch.bool else value > negligible(value.dtype)
     if value.dtype != torch.bool and constant:
         return bool((value == 0).all()), _is_causal(keeps)
     return constant and bool(keeps.all()), _is_causal(keeps)
@@ -92,7 +92,7 @@ def _hides_nothing(mask: fx.Node) -> bool:
     return float(values.lower) == 0
 
 
-def _negligible(dtype: torch.dtype) -> float:
+def negligible(dtype: torch.dtype) -> float:
     """An added value at or below this hides a key from any score."""
     return max(NEGLIGIBLE, torch.finfo(dtype).min / 4)
 
@@ -103,7 +103,7 @@ def _is_causal(keeps: torch.Tensor) -> bool:
     return not bool(keeps.triu(1).any()) and bool(keeps.any())
 
 
-def _ancestors(node: fx.Node) -> list[fx.Node]:
+def ancestors_of(node: fx.Node) -> list[fx.Node]:
     seen: set[fx.Node] = set()
     pending = [node]
     while pending:
@@ -124,7 +124,7 @@ def _stands_in(node: fx.Node) -> Any:
     return None
 
 
-def _evaluate(
+def evaluate_mask(
     gm: fx.GraphModule, order: list[fx.Node], mask: fx.Node, known: Mapping[fx.Node, Any]
 ) -> torch.Tensor:
     environment = dict(known)

@@ -25,7 +25,7 @@ from focus_compile.runtime.buckets import ActiveRows
 from focus_compile.runtime.latest_rows import MOST_COPIES
 from focus_compile.runtime.memory_plan import MemoryPlan
 
-__all__ = ["Programs", "state_shapes"]
+__all__ = ["Programs", "model_inputs", "stacked_shape", "state_shapes"]
 
 
 def state_shapes(plan: Plan) -> dict[str, tuple[sympy.Expr, ...]]:
@@ -62,10 +62,7 @@ class Programs:
     def build(
         cls, captured: Capture, graphs: ProgramGraphs, plan: Plan, config: FocusConfig
     ) -> Programs:
-        inputs = [
-            _model_input(info.name, value, plan, at, info.source, info.tensor_dict)
-            for at, (info, value) in enumerate(zip(captured.inputs, captured.values, strict=True))
-        ]
+        inputs = model_inputs(captured, plan)
         state = [InputSpec(name, shape, static=True) for name, shape in state_shapes(plan).items()]
         per_row = (plan.batch, ACTIVE)
         shapes = dict.fromkeys(("rows", "row_weight", "focus_weight"), per_row)
@@ -76,7 +73,7 @@ class Programs:
         }
         merged = tuple(tuple(positions[part] for part in item.parts) for item in graphs.merged)
         stacked = [
-            InputSpec(item.name, _stacked([inputs[at].shape for at in parts]), static=True)
+            InputSpec(item.name, stacked_shape([inputs[at].shape for at in parts]), static=True)
             for item, parts in zip(graphs.merged, merged, strict=True)
         ]
         lowering = config.lowering
@@ -159,6 +156,14 @@ class Programs:
         return sum(p.compile_seconds for p in (self.exact, self.refresh, self.step))
 
 
+def model_inputs(captured: Capture, plan: Plan) -> list[InputSpec]:
+    """The inputs of the captured graph."""
+    return [
+        _model_input(info.name, value, plan, at, info.source, info.tensor_dict)
+        for at, (info, value) in enumerate(zip(captured.inputs, captured.values, strict=True))
+    ]
+
+
 def _model_input(
     name: str, value: Any, plan: Plan, at: int, source: Any, tensor_dict: dict[str, Any]
 ) -> InputSpec:
@@ -169,7 +174,7 @@ def _model_input(
     return InputSpec(name, shape, static=static, source=source, tensor_dict=tensor_dict)
 
 
-def _stacked(shapes: Sequence[tuple[sympy.Expr, ...] | None]) -> tuple[sympy.Expr, ...]:
+def stacked_shape(shapes: Sequence[tuple[sympy.Expr, ...] | None]) -> tuple[sympy.Expr, ...]:
     """The shape of tensors stacked along their first axis."""
     known = [shape for shape in shapes if shape is not None]
     return (sympy.Add(*(shape[0] for shape in known)), *known[0][1:])

@@ -1,0 +1,471 @@
+"""Continuous batching for block diffusion: sequences join, decode side by side, and leave."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from focus_compile.block_diffusion.programs import BlockPrograms, RowList
+from focus_compile.block_diffusion.state import COMMIT, DECODE, IDLE, BlockState, Listing
+from focus_compile.block_diffusion.tracing import ModelCall, call_with_block_mask, trace
+from focus_compile.config import FocusConfig
+from focus_compile.errors import OptionError
+from focus_compile.fallback import warn_once
+from focus_compile.frontend import known_mask_token_id
+from focus_compile.kernels.confidence.op import confidence
+from focus_compile.policies.focus_evict import keep_rows
+from focus_compile.runtime.device_graphs import DeviceGraphs
+
+__all__ = ["BLOCK_POLICIES", "BatchGenerator", "BlockStep", "Completion"]
+
+BLOCK_POLICIES = ("focus-evict", "delayed-cache", "block-diffusion")
+COMMITS = ("exact", "delayed")
+PREFILL_BLOCKS = 32
+"""Blocks of prompts that one call of the whole program takes at most."""
+LADDER = (*range(8, 65, 8), *range(128, 513, 64), *range(640, 2049, 128))
+"""Row counts that a list is padded to; multiples of `COARSE` beyond."""
+COARSE = 256
+
+
+def padded_rows(rows: int) -> int:
+    """The smallest rung of the ladder that holds `rows`."""
+    if rows > LADDER[-1]:
+        return math.ceil(rows / COARSE) * COARSE
+    return LADDER[bisect_left(LADDER, rows)]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished request. tokens: what was generated, without the prompt; reason: "stop" (which is
+    left out of the tokens) or "length"."""
+
+    request: int
+    tokens: tuple[int, ...]
+    reason: str
+    steps: int
+    """Decode steps in which it took part, commits included."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStep:
+    """What one step computed. listed: rows up to the cut; kept: rows past it; decoded: tokens."""
+
+    sequences: int
+    listed: int
+    kept: int
+    decoded: int
+    evicting: bool
+    milliseconds: float
+    compile_seconds: float
+
+
+@dataclass
+class _Request:
+    number: int
+    prompt: list[int]
+    limit: int
+    stops: tuple[tuple[int, ...], ...]
+    tokens: list[int] = field(default_factory=list)
+    steps: int = 0
+
+
+@dataclass
+class _Slot:
+    """The host's view of a slot. given: tokens of the current block that are the prompt's."""
+
+    request: _Request
+    begin: int
+    given: int
+    phase: int = DECODE
+    uncached: int = 0
+    undecided: int = 0
+
+
+class BatchGenerator:
+    """Decodes many prompts with one block-diffusion model, a step for all of them at a time.
+
+    The model is captured once, and proven to be block-causal. Every step computes the listed rows
+    of all sequences as one list: with "focus-evict" (FOCUS, arXiv 2601.23278) those whose K/V are
+    not final, of which after the cut only those stay that are likely to decode; with
+    "delayed-cache" the same without eviction; with "block-diffusion" whole blocks. Of a computed
+    masked row, the most probable token is decoded if its probability reaches the threshold; the
+    best row of every sequence always is.
+
+    `history` holds a `BlockStep` for every step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        block_length: int,
+        max_length: int,
+        max_batch: int = 8,
+        policy: str = "focus-evict",
+        mask_token_id: int | None = None,
+        threshold: float = 0.9,
+        alpha: float = 1.5,
+        commit: str = "exact",
+        eos_token_id: int | Sequence[int] | None = None,
+        cut: int = 1,
+        lowering: str = "inductor",
+        cuda_graphs: bool = True,
+        call: ModelCall = call_with_block_mask,
+    ) -> None:
+        """
+        Args:
+            model: takes a block-causal mask [1, 1, tokens, tokens] (see `call`).
+            block_length: B, tokens that are decoded together.
+            max_length: tokens of the longest sequence, prompt and response; rounded up to blocks.
+            max_batch: sequences that decode side by side; a K/V cache is held for each.
+            policy: one of `BLOCK_POLICIES`.
+            mask_token_id: None takes it from `model.config`.
+            threshold: tau, the probability from which on a token is decoded, 0 to 1.
+            alpha: budget of masked rows past the cut, times the mean yield; at least 1, infinity
+                evicts nothing.
+            commit: "exact" computes a finished block once more as a whole, so that its K/V are
+                those of the model; "delayed" only the rows whose K/V are not final yet.
+            eos_token_id: one or several tokens that end a sequence.
+            cut: layer after whose keys and values rows leave.
+            lowering, cuda_graphs: see `FocusConfig`.
+            call: how the model is called.
+
+        Raises:
+            OptionError: a value out of range.
+            RefusalError: the model cannot be captured, or is not block-causal with this block
+                length; says where.
+        """
+        self.policy, self.threshold, self.alpha, self.commit = policy, threshold, alpha, commit
+        self.block_length, self.max_batch = block_length, max_batch
+        if mask_token_id is None:
+            mask_token_id = known_mask_token_id(model)
+        self._check(mask_token_id, max_length)
+        assert mask_token_id is not None
+        self.eos = _token_ids(eos_token_id)
+        config = FocusConfig(
+            policy="dual-cache", mask_token_id=mask_token_id, block_length=block_length,
+            lowering=lowering, cuda_graphs=cuda_graphs,
+        )  # fmt: skip
+        self.max_length = math.ceil(max_length / block_length) * block_length
+        traced = trace(model, config, self.max_length, call)
+        layers = len(traced.plan.sites)
+        if not 1 <= cut < layers:
+            raise OptionError.invalid("cut", cut, f"a layer from 1 to {layers - 1}")
+        self.programs = BlockPrograms.build(traced, max_batch, cut, lowering)
+        device = self.programs.caches[0].device
+        self.state = BlockState.allocate(
+            max_batch, block_length, self.max_length, mask_token_id, device
+        )
+        captures = cuda_graphs and device.type == "cuda"
+        self.graphs = DeviceGraphs(captures, _no_graphs, device)
+        self.decode_counts: Tensor | None = None
+        """int64 [max_batch]: decode so many tokens a step instead of by threshold (to measure with
+        given yields)."""
+        self.history: list[BlockStep] = []
+        self._slots: list[_Slot | None] = [None] * max_batch
+        self._waiting: deque[_Request] = deque()
+        self._numbers = itertools.count()
+
+    def _check(self, mask_token_id: int | None, max_length: int) -> None:
+        if mask_token_id is None:
+            raise OptionError(
+                "BatchGenerator: model.config has no mask_token_id; pass mask_token_id=..."
+            )
+        if self.policy not in BLOCK_POLICIES:
+            raise OptionError.unknown(self.policy, BLOCK_POLICIES, kind="policy")
+        if self.commit not in COMMITS:
+            raise OptionError.unknown(self.commit, COMMITS, kind="commit")
+        for name, value, least in (
+            ("block_length", self.block_length, 2),
+            ("max_batch", self.max_batch, 1),
+            ("max_length", max_length, 2 * self.block_length),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise OptionError.invalid(name, value, f"a whole number >= {least}")
+        if not 0 <= self.threshold <= 1:
+            raise OptionError.invalid("threshold", self.threshold, "a probability")
+        if not self.alpha >= 1:
+            raise OptionError.invalid("alpha", self.alpha, "a number >= 1")
+
+    def submit(
+        self,
+        prompt: Sequence[int] | Tensor,
+        max_new_tokens: int,
+        stop: Iterable[Sequence[int]] = (),
+    ) -> int:
+        """Queue a prompt; returns the number that its `Completion` will carry.
+
+        Args:
+            prompt: token ids, at least one, none of them the mask.
+            max_new_tokens: the response is cut off there.
+            stop: token sequences that end the response where they appear in it.
+
+        Raises:
+            OptionError: no prompt, a mask in it, or no room for it and one token.
+        """
+        ids = [int(token) for token in (prompt.flatten() if isinstance(prompt, Tensor) else prompt)]
+        if not ids:
+            raise OptionError("BatchGenerator.submit: the prompt is empty")
+        if self.state.mask_token_id in ids:
+            raise OptionError(
+                f"BatchGenerator.submit: the prompt holds the mask token {self.state.mask_token_id}"
+            )
+        if max_new_tokens < 1:
+            raise OptionError.invalid("max_new_tokens", max_new_tokens, "a whole number >= 1")
+        if len(ids) >= self.max_length:
+            raise OptionError(
+                f"BatchGenerator.submit: the prompt has {len(ids)} tokens, which leaves no room "
+                f"for a response in max_length={self.max_length}"
+            )
+        stops = tuple(tuple(int(token) for token in one) for one in stop)
+        if any(not one for one in stops):
+            raise OptionError("BatchGenerator.submit: a stop sequence is empty")
+        request = _Request(next(self._numbers), ids, max_new_tokens, stops)
+        self._waiting.append(request)
+        return request.number
+
+    @property
+    def pending(self) -> int:
+        """Requests that are waiting or decoding."""
+        return len(self._waiting) + sum(slot is not None for slot in self._slots)
+
+    def results(self) -> Iterator[Completion]:
+        """Step until nothing is pending, and yield what completes as it does."""
+        while self.pending:
+            yield from self.step()
+
+    @torch.no_grad()
+    def step(self) -> list[Completion]:
+        """Admit what waits, compute one step for all sequences, and return what it completed."""
+        started, compiled = time.perf_counter(), self.programs.compile_seconds
+        self._admit()
+        working = [slot for slot in self._slots if slot is not None]
+        if not working:
+            return []
+        before = [slot.undecided for slot in working]
+        listed, kept, evicting = self._compute()
+        for slot in working:
+            slot.request.steps += 1
+        self._learn()
+        decoded = sum(
+            undecided - slot.undecided
+            for slot, undecided in zip(working, before, strict=True)
+            if slot.phase == DECODE
+        )
+        completed = self._finish_blocks()
+        self.history.append(
+            BlockStep(
+                len(working), listed, kept, decoded, evicting,
+                (time.perf_counter() - started) * 1e3,
+                self.programs.compile_seconds - compiled,
+            )
+        )  # fmt: skip
+        return completed
+
+    def _compute(self) -> tuple[int, int, bool]:
+        """Run the step's programs; (rows listed, rows past the cut, whether some could leave)."""
+        working = [slot for slot in self._slots if slot is not None]
+        listed = sum(map(self._rows_of, working))
+        undecided = sum(slot.undecided for slot in working if slot.phase == DECODE)
+        rows = padded_rows(listed)
+        if self.policy != "focus-evict" or math.isinf(self.alpha) or not undecided:
+            wanted = min(padded_rows(undecided), rows)
+            self.graphs.run(("whole", rows, wanted), lambda: self._whole(rows, wanted))
+            return listed, listed, False
+        listing, keep, frontier = self.graphs.run(("prefix", rows), lambda: self._prefix(rows))
+        kept = int(keep.sum())
+        narrow = min(padded_rows(kept), rows)
+        self.graphs.run(
+            ("suffix", rows, narrow), lambda: self._suffix(listing, keep, frontier, narrow)
+        )
+        return listed, kept, True
+
+    def _rows_of(self, slot: _Slot) -> int:
+        whole = self.policy == "block-diffusion" or (
+            slot.phase == COMMIT and self.commit == "exact"
+        )
+        return self.block_length if whole else slot.uncached
+
+    def _listing(self, rows: int) -> Listing:
+        return self.state.listing(
+            rows, everything=self.policy == "block-diffusion", commit_all=self.commit == "exact"
+        )
+
+    def _whole(self, rows: int, wanted: int) -> None:
+        """All listed rows through the model, logits of the masked ones."""
+        listing = self._listing(rows)
+        narrow, chosen = self.state.narrowed(listing, listing.masked, wanted)
+        logits = self.programs.run_whole(listing.rows, chosen, narrow.rows.starts)
+        self._decode(listing, narrow, logits)
+
+    def _prefix(self, rows: int) -> tuple[Listing, Tensor, list[Tensor]]:
+        listing = self._listing(rows)
+        at_cut, before, frontier = self.programs.run_prefix(listing.rows, listing.masked)
+        keep = keep_rows(
+            at_cut, before, listing.masked, listing.index % self.block_length,
+            listing.rows.starts, self.state.decoded.mean(), self.state.progress, self.alpha,
+            self.block_length,
+        )  # fmt: skip
+        return listing, keep, frontier
+
+    def _suffix(
+        self, listing: Listing, keep: Tensor, frontier: Sequence[Tensor], rows: int
+    ) -> None:
+        narrow, chosen = self.state.narrowed(listing, keep, rows)
+        logits = self.programs.run_suffix(narrow.rows, chosen, narrow.rows.starts, frontier)
+        self._decode(narrow, narrow, logits)
+
+    def _decode(self, computed: Listing, scored: Listing, logits: Tensor) -> None:
+        """computed: rows that went through all layers; scored: those that have logits [1, K, V]."""
+        logits = logits[0]
+        if self.state.mask_token_id < logits.shape[-1]:
+            logits = logits.index_fill(-1, self._mask_column, -math.inf)
+        probability, token = confidence(logits)
+        self.state.advance(computed, scored, probability, token, self.threshold, self.decode_counts)
+
+    @property
+    def _mask_column(self) -> Tensor:
+        if not hasattr(self, "_column"):
+            self._column = torch.tensor([self.state.mask_token_id], device=self.state.tokens.device)
+        return self._column
+
+    def _learn(self) -> None:
+        """Read from the device what the next step is planned by."""
+        uncached, undecided = self.state.counts().tolist()
+        for at, slot in enumerate(self._slots):
+            if slot is None:
+                continue
+            if slot.phase == COMMIT:
+                slot.phase, slot.given = DECODE, 0
+                slot.begin += self.block_length
+            slot.uncached, slot.undecided = uncached[at], undecided[at]
+
+    def _finish_blocks(self) -> list[Completion]:
+        """Take the tokens of decided blocks, and let their sequences go on or leave."""
+        done = [
+            at
+            for at, slot in enumerate(self._slots)
+            if slot is not None and slot.undecided == 0 and slot.phase == DECODE
+        ]
+        completed: list[Completion] = []
+        if not done:
+            return completed
+        blocks = self.state.tokens[done].tolist()
+        for at, tokens in zip(done, blocks, strict=True):
+            slot = self._slots[at]
+            assert slot is not None
+            known = len(slot.request.tokens)
+            slot.request.tokens += tokens[slot.given :]
+            reason = self._why_done(slot, known)
+            if reason is None:
+                slot.phase = COMMIT
+            else:
+                completed.append(_completion(slot.request, reason))
+                self._slots[at] = None
+        self._tell_phases()
+        return completed
+
+    def _why_done(self, slot: _Slot, known: int) -> str | None:
+        """Whether a sequence ends with the block whose tokens were just added, and cut it there.
+
+        known: tokens before this block."""
+        request = slot.request
+        end = _stop_at(request.tokens, known, request.stops, self.eos)
+        if end is not None and end < request.limit:
+            del request.tokens[end:]
+            return "stop"
+        full = slot.begin + 2 * self.block_length > self.max_length
+        if len(request.tokens) >= request.limit or full:
+            del request.tokens[request.limit :]
+            return "length"
+        return None
+
+    def _tell_phases(self) -> None:
+        phases = [IDLE if slot is None else slot.phase for slot in self._slots]
+        self.state.phase.copy_(torch.tensor(phases))
+
+    def _admit(self) -> None:
+        """Give free slots to what waits, and compute the K/V of the prompts' whole blocks."""
+        blocks: list[tuple[int, int, list[int]]] = []
+        for at in range(self.max_batch):
+            if not self._waiting or self._slots[at] is not None:
+                continue
+            request = self._waiting.popleft()
+            prompt, length = request.prompt, self.block_length
+            begin = len(prompt) // length * length
+            blocks += [(at, b, prompt[b : b + length]) for b in range(0, begin, length)]
+            given = prompt[begin:]
+            tokens = given + [self.state.mask_token_id] * (length - len(given))
+            device = self.state.tokens.device
+            self.state.start(at, torch.tensor(tokens, device=device), begin)
+            self._slots[at] = _Slot(request, begin, len(given), DECODE, length, length - len(given))
+        for first in range(0, len(blocks), PREFILL_BLOCKS):
+            self._prefill(blocks[first : first + PREFILL_BLOCKS])
+        if any(slot is not None for slot in self._slots):
+            self._tell_phases()
+
+    def _prefill(self, blocks: list[tuple[int, int, list[int]]]) -> None:
+        """K/V of whole blocks: (slot, first position, tokens), a sequence's in order."""
+        length = self.block_length
+        count = 1 << (len(blocks) - 1).bit_length()
+        spare = (count - len(blocks)) * length
+        device = self.state.tokens.device
+
+        def tensor(values: list[int], fill: int, size: int) -> Tensor:
+            return torch.tensor(values + [fill] * (size - len(values)), device=device)
+
+        ids = [token for _, _, tokens in blocks for token in tokens]
+        at = [begin + i for _, begin, _ in blocks for i in range(length)]
+        rows = count * length
+        listed = RowList(
+            row_ids=tensor(ids, ids[-1], rows)[None],
+            rows=tensor(at, at[-1], rows)[None],
+            slots=tensor([slot for slot, _, _ in blocks for _ in range(length)], 0, rows),
+            places=tensor(at, self.max_length, rows),
+            owners=tensor([slot for slot, _, _ in blocks], 0, count),
+            starts=torch.arange(count + 1, device=device).clamp(max=len(blocks)) * length,
+            lengths=tensor([begin + length for _, begin, _ in blocks], 0, count),
+        )
+        assert spare >= 0
+        chosen = torch.zeros((1, 2), dtype=torch.int64, device=device)
+        starts = torch.full((count + 1,), 2, device=device)
+        starts[0] = 0
+        self.programs.run_whole(listed, chosen, starts)
+
+
+def _stop_at(
+    tokens: list[int], known: int, stops: Sequence[tuple[int, ...]], eos: frozenset[int]
+) -> int | None:
+    """Where the first stop begins that ends after the `known` first tokens."""
+    found = [at for at in range(known, len(tokens)) if tokens[at] in eos][:1]
+    for stop in stops:
+        first = max(0, known - len(stop) + 1)
+        found += [
+            at
+            for at in range(first, len(tokens) - len(stop) + 1)
+            if tuple(tokens[at : at + len(stop)]) == stop
+        ][:1]
+    return min(found, default=None)
+
+
+def _completion(request: _Request, reason: str) -> Completion:
+    return Completion(request.number, tuple(request.tokens), reason, request.steps)
+
+
+def _token_ids(given: int | Sequence[int] | None) -> frozenset[int]:
+    if given is None:
+        return frozenset()
+    return frozenset([given] if isinstance(given, int) else given)
+
+
+def _no_graphs(why: str) -> Any:
+    warn_once(f"focus_compile launches kernels one by one: a step could not be captured ({why})")
