@@ -160,8 +160,13 @@ class BatchGenerator:
         layers = len(traced.plan.sites)
         if not 1 <= cut < layers:
             raise OptionError.invalid("cut", cut, f"a layer from 1 to {layers - 1}")
-        self.programs = BlockPrograms.build(traced, max_batch, cut, lowering)
-        device = self.programs.caches[0].device
+        self.programs = BlockPrograms.build(
+            traced.captured, traced.pipeline, traced.plan, block_length, cut, lowering
+        )
+        self._arguments = traced.arguments
+        device = traced.arguments[traced.plan.ids.position].device
+        self.caches = self.programs.allocate(max_batch, self.max_length, device)
+        self.programs.merge(traced.arguments)
         self.state = BlockState.allocate(
             max_batch, block_length, self.max_length, mask_token_id, device
         )
@@ -251,16 +256,12 @@ class BatchGenerator:
         working = [slot for slot in self._slots if slot is not None]
         if not working:
             return []
-        before = [slot.undecided for slot in working]
+        before = [(slot, slot.undecided) for slot in working if slot.phase == DECODE]
         listed, kept, evicting = self._compute()
         for slot in working:
             slot.request.steps += 1
         self._learn()
-        decoded = sum(
-            undecided - slot.undecided
-            for slot, undecided in zip(working, before, strict=True)
-            if slot.phase == DECODE
-        )
+        decoded = sum(undecided - slot.undecided for slot, undecided in before)
         completed = self._finish_blocks()
         self.history.append(
             BlockStep(
@@ -304,12 +305,16 @@ class BatchGenerator:
         """All listed rows through the model, logits of the masked ones."""
         listing = self._listing(rows)
         narrow, chosen = self.state.narrowed(listing, listing.masked, wanted)
-        logits = self.programs.run_whole(listing.rows, chosen, narrow.rows.starts)
-        self._decode(listing, narrow, logits)
+        outputs = self.programs.run_whole(
+            self._arguments, self.caches, listing.rows, chosen, narrow.rows.starts
+        )
+        self._decode(listing, narrow, outputs)
 
     def _prefix(self, rows: int) -> tuple[Listing, Tensor, list[Tensor]]:
         listing = self._listing(rows)
-        at_cut, before, frontier = self.programs.run_prefix(listing.rows, listing.masked)
+        at_cut, before, frontier = self.programs.run_prefix(
+            self._arguments, self.caches, listing.rows, listing.masked
+        )
         keep = keep_rows(
             at_cut, before, listing.masked, listing.index % self.block_length,
             listing.rows.starts, self.state.decoded.mean(), self.state.progress, self.alpha,
@@ -321,12 +326,14 @@ class BatchGenerator:
         self, listing: Listing, keep: Tensor, frontier: Sequence[Tensor], rows: int
     ) -> None:
         narrow, chosen = self.state.narrowed(listing, keep, rows)
-        logits = self.programs.run_suffix(narrow.rows, chosen, narrow.rows.starts, frontier)
-        self._decode(narrow, narrow, logits)
+        outputs = self.programs.run_suffix(
+            self._arguments, self.caches, narrow.rows, chosen, narrow.rows.starts, frontier
+        )
+        self._decode(narrow, narrow, outputs)
 
-    def _decode(self, computed: Listing, scored: Listing, logits: Tensor) -> None:
-        """computed: rows that went through all layers; scored: those that have logits [1, K, V]."""
-        logits = logits[0]
+    def _decode(self, computed: Listing, scored: Listing, outputs: Sequence[Tensor]) -> None:
+        """computed: rows that went through all layers; scored: those that the outputs are of."""
+        logits = outputs[self.programs.plan.logits][0]
         if self.state.mask_token_id < logits.shape[-1]:
             logits = logits.index_fill(-1, self._mask_column, -math.inf)
         probability, token = confidence(logits)
@@ -439,7 +446,7 @@ class BatchGenerator:
         chosen = torch.zeros((1, 2), dtype=torch.int64, device=device)
         starts = torch.full((count + 1,), 2, device=device)
         starts[0] = 0
-        self.programs.run_whole(listed, chosen, starts)
+        self.programs.run_whole(self._arguments, self.caches, listed, chosen, starts)
 
 
 def _stop_at(

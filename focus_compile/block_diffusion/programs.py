@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx
 
-from focus_compile.block_diffusion.tracing import TracedModel
+from focus_compile.capture import Capture
 from focus_compile.lowering.program import InputSpec, Program
 from focus_compile.passes.block_step import (
     CHOSEN_INPUTS,
@@ -21,7 +22,8 @@ from focus_compile.passes.block_step import (
     frontier_of,
 )
 from focus_compile.passes.merge_projections import MergeProjections
-from focus_compile.pipeline import weight_rows
+from focus_compile.pipeline import Pipeline, weight_rows
+from focus_compile.plan import Plan
 from focus_compile.runtime.programs import model_inputs, stacked_shape
 
 __all__ = ["BlockPrograms", "RowList"]
@@ -29,13 +31,14 @@ __all__ = ["BlockPrograms", "RowList"]
 CHOSEN = sympy.Symbol("chosen_rows", integer=True, positive=True)
 SEQUENCES = sympy.Symbol("sequences", integer=True, positive=True)
 SLOTS = sympy.Symbol("slots", integer=True, positive=True)
+ROOM = sympy.Symbol("room", integer=True, positive=True)
 SCRATCH = 8
 """Positions behind every cache slot, the first of which takes what padding rows write."""
 
 
 @dataclass(frozen=True)
 class RowList:
-    """Rows of several sequences one after another; see `LISTED_INPUTS` for the shapes (b = 1)."""
+    """Rows of several sequences one after another; see `LISTED_INPUTS`."""
 
     row_ids: Tensor
     rows: Tensor
@@ -54,32 +57,42 @@ class RowList:
 class BlockPrograms:
     """`whole` computes a list of rows; `prefix` and `suffix` do the same with a choice between.
 
-    caches: K and V of every layer [slots, Hkv, max_length + SCRATCH, d], all of the programs'
-    state.
+    All read and write caches made by `allocate`: K and V of every layer [slots, Hkv, N + SCRATCH,
+    d], where N is the capacity, the place where padding rows write.
     """
 
-    traced: TracedModel
+    plan: Plan
     whole: Program
     prefix: Program
     suffix: Program
-    caches: list[Tensor]
-    frontier: list[tuple[int, ...]]
-    """Shapes of what the prefix hands to the suffix, -1 for its rows."""
-    _merged: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
-    _merged_of: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
+    merged_of: dict[str, list[tuple[int, ...]]]
+    """For each program, the positions of the inputs that its merged weights hold."""
+    _merged: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, traced: TracedModel, slots: int, cut: int, lowering: str) -> BlockPrograms:
-        """Programs over caches for `slots` sequences. cut: the layer where rows may leave."""
-        plan, gm, rows = traced.plan, traced.graph, traced.block_length
-        crossing = frontier_of(gm, plan, cut)
-        own = model_inputs(traced.captured, plan)
-        state = _cache_specs(traced)
-        listed, chosen = _specs(LISTED_INPUTS), _specs(CHOSEN_INPUTS)
-        handed = [InputSpec(item.input, item.shape) for item in crossing]
+    def build(
+        cls,
+        captured: Capture,
+        pipeline: Pipeline,
+        plan: Plan,
+        block_length: int,
+        cut: int,
+        lowering: str,
+    ) -> BlockPrograms:
+        """cut: the layer where rows may leave.
+
+        Raises:
+            PassError: the model's graph has no such form.
+        """
+        gm = pipeline.gm
+        own = model_inputs(captured, plan)
+        state = _cache_specs(plan)
+        listed, chosen = _specs(LISTED_INPUTS, plan), _specs(CHOSEN_INPUTS, plan)
+        handed = [InputSpec(item.input, item.shape) for item in frontier_of(gm, plan, cut)]
+        rows, batch = block_length, plan.batch
         # The suffix writes the K/V of the chosen rows.
         at_chosen = [
-            InputSpec(spec.name, (CHOSEN,)) if spec.name in ("slots", "places") else spec
+            replace(spec, shape=(batch * CHOSEN,)) if spec.name in ("slots", "places") else spec
             for spec in listed
         ]
         graphs = {
@@ -87,66 +100,84 @@ class BlockPrograms:
             "prefix": BuildPrefix(plan, rows, cut).apply(gm),
             "suffix": BuildSuffix(plan, rows, cut).apply(gm),
         }
+        masked = InputSpec("masked", (batch * LISTED,))
         inputs = {
             "whole": [*own, *listed, *chosen, *state],
-            "prefix": [*own, *listed, InputSpec("masked", (LISTED,)), *state],
+            "prefix": [*own, *listed, masked, *state],
             "suffix": [*own, *at_chosen, *chosen, *handed, *state],
         }
-        merged_of: dict[str, list[tuple[str, ...]]] = {}
+        merged_of: dict[str, list[tuple[int, ...]]] = {}
         for name, graph in graphs.items():
-            traced.pipeline.dump(name, graph)
-            merged_of[name] = _merge(traced, graph, inputs[name])
+            merged_of[name] = _merge(pipeline, plan, graph, inputs[name])
+            pipeline.dump(name, graph)
         made = {name: Program(name, graphs[name], inputs[name], lowering) for name in graphs}
-        ranges = [tuple(-1 if s.free_symbols else int(s) for s in f.shape) for f in crossing]
-        return cls(
-            traced,
-            made["whole"],
-            made["prefix"],
-            made["suffix"],
-            _allocate(traced, slots),
-            ranges,
-            _merged_of=merged_of,
+        return cls(plan, made["whole"], made["prefix"], made["suffix"], merged_of)
+
+    def allocate(self, slots: int, capacity: int, device: torch.device) -> list[Tensor]:
+        """Caches of `slots` sequences of up to `capacity` tokens."""
+        with torch.inference_mode(False), torch.no_grad():
+            return [
+                torch.zeros(
+                    (slots, site.kv_heads, capacity + SCRATCH, site.head_dim),
+                    dtype=getattr(torch, site.dtype),
+                    device=device,
+                )
+                for site in self.plan.sites
+                for _ in range(2)
+            ]
+
+    def merge(self, args: Sequence[Any]) -> None:
+        """Copy the merged weights anew; they stay where they are."""
+        with torch.inference_mode(False), torch.no_grad():
+            for parts in {parts for each in self.merged_of.values() for parts in each}:
+                tensors = [args[at].detach() for at in parts]
+                if parts in self._merged:
+                    torch.cat(tensors, out=self._merged[parts])
+                else:
+                    self._merged[parts] = torch.cat(tensors)
+
+    def run_whole(
+        self,
+        args: Sequence[Any],
+        caches: Sequence[Tensor],
+        listed: RowList,
+        chosen: Tensor,
+        chosen_starts: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """The model's outputs [b, K, ...] at the chosen rows of the list.
+
+        args: the model's own inputs, of which weights and position tables are read.
+        """
+        return self.whole(
+            *args, *listed.inputs(), chosen, chosen_starts, *caches, *self._weights("whole")
         )
 
-    def run_whole(self, listed: RowList, chosen: Tensor, chosen_starts: Tensor) -> Tensor:
-        """Logits [1, K, vocabulary] of the chosen rows of the list."""
-        outputs = self.whole(
-            *self.traced.arguments, *listed.inputs(), chosen, chosen_starts, *self._state("whole")
-        )
-        logits: Tensor = outputs[self.traced.plan.logits]
-        return logits
-
-    def run_prefix(self, listed: RowList, masked: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Importance [R] at the cut and in the layer before it, and the frontier."""
+    def run_prefix(
+        self, args: Sequence[Any], caches: Sequence[Tensor], listed: RowList, masked: Tensor
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Importance [b * R] at the cut and in the layer before it, and the frontier."""
         at_cut, before, *frontier = self.prefix(
-            *self.traced.arguments, *listed.inputs(), masked, *self._state("prefix")
+            *args, *listed.inputs(), masked, *caches, *self._weights("prefix")
         )
         return at_cut, before, frontier
 
     def run_suffix(
-        self, listed: RowList, chosen: Tensor, chosen_starts: Tensor, frontier: Sequence[Tensor]
-    ) -> Tensor:
-        """Logits [1, K, vocabulary] of the chosen rows; slots and places are theirs."""
-        outputs = self.suffix(
-            *self.traced.arguments, *listed.inputs(), chosen, chosen_starts, *frontier,
-            *self._state("suffix"),
+        self,
+        args: Sequence[Any],
+        caches: Sequence[Tensor],
+        listed: RowList,
+        chosen: Tensor,
+        chosen_starts: Tensor,
+        frontier: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """The model's outputs [b, K, ...] at the chosen rows; slots and places are theirs."""
+        return self.suffix(
+            *args, *listed.inputs(), chosen, chosen_starts, *frontier, *caches,
+            *self._weights("suffix"),
         )  # fmt: skip
-        logits: Tensor = outputs[self.traced.plan.logits]
-        return logits
 
-    def _state(self, program: str) -> list[Tensor]:
-        """The caches, and the merged weights of the program, which programs share."""
-        names = [role.name for role in self.traced.plan.inputs]
-        placeholders = self.traced.graph.graph.find_nodes(op="placeholder")
-        at = {node.name: index for index, node in enumerate(placeholders)}
-        assert len(names) == len(at)
-        weights = []
-        for parts in self._merged_of[program]:
-            if parts not in self._merged:
-                tensors = [self.traced.arguments[at[part]].detach() for part in parts]
-                self._merged[parts] = torch.cat(tensors)
-            weights.append(self._merged[parts])
-        return [*self.caches, *weights]
+    def _weights(self, program: str) -> list[Tensor]:
+        return [self._merged[parts] for parts in self.merged_of[program]]
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -161,56 +192,47 @@ class BlockPrograms:
         return sum(program.compilations for program in self.programs)
 
 
-def _specs(names: Sequence[str]) -> list[InputSpec]:
-    one = sympy.Integer(1)
+def _specs(names: Sequence[str], plan: Plan) -> list[InputSpec]:
+    batch = plan.batch
     shapes: dict[str, tuple[sympy.Expr, ...]] = {
-        "row_ids": (one, LISTED),
-        "rows": (one, LISTED),
-        "slots": (LISTED,),
-        "places": (LISTED,),
+        "row_ids": (batch, LISTED),
+        "rows": (batch, LISTED),
+        "slots": (batch * LISTED,),
+        "places": (batch * LISTED,),
         "owners": (SEQUENCES,),
         "starts": (SEQUENCES + 1,),
         "lengths": (SEQUENCES,),
-        "chosen": (one, CHOSEN),
+        "chosen": (batch, CHOSEN),
         "chosen_starts": (SEQUENCES + 1,),
     }
     return [InputSpec(name, shapes[name]) for name in names]
 
 
-def _cache_specs(traced: TracedModel) -> list[InputSpec]:
-    specs = []
-    for site in traced.plan.sites:
-        sizes = (site.kv_heads, traced.max_length + SCRATCH, site.head_dim)
-        shape = (SLOTS, *map(sympy.Integer, sizes))
-        specs += [
-            InputSpec(f"{what}_cache_{site.index}", shape, static=True) for what in ("key", "value")
-        ]
-    return specs
-
-
-def _allocate(traced: TracedModel, slots: int) -> list[Tensor]:
-    device = traced.arguments[traced.plan.ids.position].device
+def _cache_specs(plan: Plan) -> list[InputSpec]:
     return [
-        torch.zeros(
-            (slots, site.kv_heads, traced.max_length + SCRATCH, site.head_dim),
-            dtype=getattr(torch, site.dtype),
-            device=device,
+        InputSpec(
+            f"{what}_cache_{site.index}",
+            (SLOTS, sympy.Integer(site.kv_heads), ROOM, sympy.Integer(site.head_dim)),
+            static=True,
         )
-        for site in traced.plan.sites
-        for _ in range(2)
+        for site in plan.sites
+        for what in ("key", "value")
     ]
 
 
 def _merge(
-    traced: TracedModel, graph: fx.GraphModule, inputs: list[InputSpec]
-) -> list[tuple[str, ...]]:
-    """Merge the graph's linear layers of one input if the plan says so; the parts of each."""
-    if not traced.plan.merge_projections:
+    pipeline: Pipeline, plan: Plan, graph: fx.GraphModule, inputs: list[InputSpec]
+) -> list[tuple[int, ...]]:
+    """Merge the graph's linear layers of one input if the plan says so.
+
+    Appends to `inputs`; returns the positions of the inputs that each new one holds.
+    """
+    if not plan.merge_projections:
         return []
-    merged = MergeProjections(weight_rows(traced.graph, traced.plan)).apply(graph)
-    placeholders = [node.name for node in graph.graph.find_nodes(op="placeholder")]
-    shapes = {name: spec.shape for name, spec in zip(placeholders, inputs, strict=False)}
-    for item in merged:
-        stacked = stacked_shape([shapes[part] for part in item.parts])
-        inputs.append(InputSpec(item.name, stacked, static=True))
-    return [item.parts for item in merged]
+    merged = MergeProjections(weight_rows(pipeline.gm, plan)).apply(graph)
+    at = {node.name: i for i, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
+    parts = [tuple(at[name] for name in item.parts) for item in merged]
+    for item, positions in zip(merged, parts, strict=True):
+        shape = stacked_shape([inputs[position].shape for position in positions])
+        inputs.append(InputSpec(item.name, shape, static=True))
+    return parts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,9 @@ class BlockState:
     progress: Tensor
     phase: Tensor
     decoded: Yield
+    padded: bool = False
+    """Lists are [S, R], each sequence's rows padded to as many, for a graph of S sequences; else
+    [1, R], one sequence after another, for a graph of one."""
 
     @classmethod
     def allocate(
@@ -55,6 +58,7 @@ class BlockState:
         max_length: int,
         mask_token_id: int,
         device: torch.device,
+        padded: bool = False,
     ) -> BlockState:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
@@ -63,6 +67,7 @@ class BlockState:
         return cls(
             mask_token_id, max_length, tokens, torch.ones_like(tokens, dtype=torch.bool),
             zeros(slots), zeros(slots) - 1, zeros(slots), Yield(zeros(slots), zeros(slots)),
+            padded,
         )  # fmt: skip
 
     @property
@@ -94,30 +99,43 @@ class BlockState:
         working = (self.phase > IDLE)[:, None]
         whole = (self.phase == COMMIT)[:, None] & commit_all
         listed = working & (self.uncached | whole | everything)
-        starts = torch.arange(self.slots + 1, device=self.tokens.device) * self.block_length
-        index, starts = compact_rows(listed.flatten(), starts, rows)
-        visible = self._visible(listed)
-        real = torch.arange(rows, device=index.device) < starts[-1]
-        masked = self.masked().flatten()[index] & real
+        index, real, starts = self._list(listed, rows)
         owners = torch.arange(self.slots, device=index.device)
-        ids = self.tokens.flatten()[index]
-        return Listing(
-            self._row_list(index, real, ids, owners, starts, visible), index, real, masked
-        )
+        ids, masked = self.tokens.flatten()[index], self.masked().flatten()[index] & real
+        row_list = self._row_list(index, real, ids, owners, starts, self._visible(listed))
+        return Listing(row_list, index, real, masked)
 
     def narrowed(self, listing: Listing, keep: Tensor, rows: int) -> tuple[Listing, Tensor]:
-        """The kept rows of a listing, padded to `rows`, and their indices into it [1, rows]."""
-        chosen, starts = compact_rows(keep, listing.rows.starts, rows)
-        index = listing.index[chosen]
-        real = torch.arange(rows, device=index.device) < starts[-1]
+        """The kept rows of a listing, padded to `rows`, and their indices into it [b, rows]."""
+        if self.padded:
+            chosen, real = _packed((keep & listing.real).view(self.slots, -1), rows)
+            per_sequence = listing.index.shape[0] // self.slots
+            flat = (chosen + _firsts(self.slots, per_sequence, chosen.device)).flatten()
+            real = real.flatten()
+            starts = _starts(self.slots, rows, flat.device)
+        else:
+            flat, starts = compact_rows(keep, listing.rows.starts, rows)
+            chosen = flat[None]
+            real = torch.arange(rows, device=flat.device) < starts[-1]
+        index = listing.index[flat]
         kept = self._spread(index, real, real, False)
-        masked = listing.masked[chosen] & real
-        ids = listing.rows.row_ids[0]
-        rows_of = self._row_list(
-            index, real, ids, listing.rows.owners, starts, self._visible(kept),
-            at=listing.rows.rows,
-        )  # fmt: skip
-        return Listing(rows_of, index, real, masked), chosen[None]
+        ids = listing.rows.row_ids.flatten()[flat]
+        row_list = self._row_list(
+            index, real, ids, listing.rows.owners, starts, self._visible(kept)
+        )
+        row_list = replace(row_list, rows=listing.rows.rows)
+        return Listing(row_list, index, real, listing.masked[flat] & real), chosen
+
+    def _list(self, listed: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """index, real and starts of the rows listed [S, B], padded to `rows`."""
+        block_length, device = self.block_length, listed.device
+        starts = _starts(self.slots, block_length, device)
+        if self.padded:
+            local, real = _packed(listed, rows)
+            index = local + _firsts(self.slots, block_length, device)
+            return index.flatten(), real.flatten(), _starts(self.slots, rows, device)
+        index, starts = compact_rows(listed.flatten(), starts, rows)
+        return index, torch.arange(rows, device=device) < starts[-1], starts
 
     def _visible(self, computed: Tensor) -> Tensor:
         """Keys that each sequence sees: up to its last row that is computed or final."""
@@ -132,13 +150,13 @@ class BlockState:
         owners: Tensor,
         starts: Tensor,
         lengths: Tensor,
-        at: Tensor | None = None,
     ) -> RowList:
         slot, local = index // self.block_length, index % self.block_length
         position = self.begin[slot] + local
+        batch = self.slots if self.padded else 1
         return RowList(
-            row_ids=ids[None],
-            rows=position[None] if at is None else at,
+            row_ids=ids.view(batch, -1),
+            rows=position.view(batch, -1),
             slots=slot,
             places=torch.where(real, position, self.max_length),
             owners=owners,
@@ -165,18 +183,25 @@ class BlockState:
             scored: those that have logits; probability float32, token int64 [K]: of its rows.
             counts: int64 [S], decode the best so many of each sequence instead.
         """
-        masked = self.masked()
         score = self._spread(scored.index, scored.masked, probability, -1.0)
         guess = self._spread(scored.index, scored.masked, token, 0)
         rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         decode = (rank == 0) | (score >= threshold) if counts is None else rank < counts[:, None]
         decode &= score >= 0
-        seen = self._spread(computed.index, computed.real, computed.real, False)
-        self.uncached.logical_and_(~(ready(masked) & seen))
-        self.progress.copy_(torch.maximum(self.progress, last_true(seen)))
+        self.computed(computed)
         self.tokens.copy_(torch.where(decode, guess, self.tokens))
         self.decoded.add(decode.sum(1))
         self._enter_next_block(self.phase == COMMIT)
+
+    def computed(self, listing: Listing) -> None:
+        """These rows, with the tokens as they are, went through all layers."""
+        seen = self.spread(listing)
+        self.uncached.logical_and_(~(ready(self.masked()) & seen))
+        self.progress.copy_(torch.maximum(self.progress, last_true(seen)))
+
+    def spread(self, listing: Listing) -> Tensor:
+        """Which positions the rows of a listing are at, bool [S, B]."""
+        return self._spread(listing.index, listing.real, listing.real, False)
 
     def _spread(self, index: Tensor, where: Tensor, values: Tensor, rest: float) -> Tensor:
         """Values of those rows of a list that are `where`, in their places [S, B]; else `rest`."""
@@ -197,3 +222,24 @@ class BlockState:
     def counts(self) -> Tensor:
         """Uncached and undecided positions of each slot, int64 [2, S]: what the host plans by."""
         return torch.stack([self.uncached.sum(1), self.masked().sum(1)])
+
+
+def _starts(sequences: int, rows: int, device: torch.device) -> Tensor:
+    """Where sequences of `rows` rows each start, int64 [S + 1]."""
+    return torch.arange(sequences + 1, device=device) * rows
+
+
+def _firsts(sequences: int, rows: int, device: torch.device) -> Tensor:
+    """The same as a column [S, 1], without the end."""
+    return _starts(sequences, rows, device)[:-1, None]
+
+
+def _packed(flags: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Positions of the True flags of each row of [S, N], padded to [S, rows] by the first (0 where
+    there is none), and which of them are real."""
+    upto = flags.long().cumsum(1)
+    slots = torch.arange(rows, device=flags.device)
+    real = slots < upto[:, -1:]
+    at = torch.searchsorted(upto, (slots + 1).expand(flags.shape[0], -1).contiguous())
+    at = torch.where(real, at, at[:, :1]).clamp(max=flags.shape[1] - 1)
+    return at, real
