@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from focus_compile.block_diffusion.dispatch import BlockDispatcher
 from focus_compile.capture import Capture, CaptureRefused, capture, copy_graph_module
-from focus_compile.config import FocusConfig
+from focus_compile.config import BLOCK_POLICIES, FocusConfig
+from focus_compile.errors import PassError
 from focus_compile.fallback import forget, refuse
 from focus_compile.pipeline import Pipeline, ProgramGraphs, build_programs, plan_graph
 from focus_compile.plan import Plan, Refusal
@@ -144,7 +146,14 @@ def compile_graph(
         reason = refuse(str(call.refusals[0]), strict=config.strict)
         return _plain(original, example_inputs, config, reason)
     programs = Programs.build(call.captured, call.graphs, call.plan, config)
-    return Dispatcher(call.captured, call.plan, programs, config)
+    if config.policy not in BLOCK_POLICIES:
+        return Dispatcher(call.captured, call.plan, programs, config)
+    assert call.pipeline is not None
+    try:
+        return BlockDispatcher(call.captured, call.pipeline, call.plan, programs, config)
+    except PassError as error:
+        reason = refuse(str(error), strict=config.strict)
+        return _plain(original, example_inputs, config, reason)
 
 
 def _plain(

@@ -13,9 +13,11 @@ from typing import Any
 from focus_compile.errors import OptionError
 from focus_compile.fallback import warn_once
 
-__all__ = ["POLICIES", "VERIFY", "FocusConfig", "verify_level"]
+__all__ = ["BLOCK_POLICIES", "POLICIES", "VERIFY", "FocusConfig", "verify_level"]
 
-POLICIES = ("focus-dllm", "dual-cache", "prefix-cache", "exact")
+POLICIES = ("focus-dllm", "dual-cache", "prefix-cache", "focus-evict", "delayed-cache", "exact")
+BLOCK_POLICIES = ("focus-evict", "delayed-cache")
+"""Policies for block-causal models whose ids grow by a block."""
 REFRESH_WORDS = ("block", "every-step")
 BLOCK_SUMMARIES = ("bound", "mean")
 LOGITS_ROWS = ("all", "response")
@@ -68,6 +70,10 @@ class FocusConfig:
     """Which rows a refresh computes outputs for: "all", or "response": from a window before the
     first mask on. Other rows are then zero; a sampler that reads masked positions (or the one
     before them) sees no difference, and the head and the last layer cost a fraction."""
+    evict_alpha: float = 1.5
+    """FOCUS's alpha: masked rows that stay past the cut, per token decoded per step so far."""
+    evict_layer: int = 1
+    """The cut: rows are evicted after this layer's keys and values, from 1 on."""
     buckets: tuple[int, ...] | None = None
     """Row counts, ascending, that a step is padded to. None: multiples of 8 to 64, of 32 to 256,
     powers of two beyond; on a GPU 32, 64, 96, 128, 192, 256, and powers of two beyond."""
@@ -183,6 +189,11 @@ def _ratio(name: str, value: object) -> None:
     _expect(inside, name, value, "a share between 0 and 1")
 
 
+def _at_least_one(name: str, value: object) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    _expect(number and value >= 1, name, value, "a number >= 1")  # type: ignore[operator]
+
+
 def _refresh(name: str, value: object) -> None:
     if isinstance(value, str) and value not in REFRESH_WORDS:
         raise OptionError.unknown(value, REFRESH_WORDS, kind=name)
@@ -216,6 +227,8 @@ _CHECKS: dict[str, Any] = {
     "block_summary": _one_of(BLOCK_SUMMARIES),
     "refresh": _refresh,
     "logits": _one_of(LOGITS_ROWS),
+    "evict_alpha": _at_least_one,
+    "evict_layer": _whole(1),
     "buckets": _buckets,
     "merge_projections": _optional_flag,
     "dense_if_faster": _optional_flag,

@@ -56,13 +56,21 @@ class Factor:
 
 @dataclass(frozen=True, slots=True)
 class RowAxes:
-    """Where a value carries its rows: the axis of the batch (None: one sequence) and of tokens."""
+    """Where a value carries its rows: the axis of the batch (None: one sequence) and of tokens.
+
+    order: the sort in whose order the rows are; empty: in their own.
+    places: the value holds no rows but where they are (passes/sorted_rows.py).
+    """
 
     token: Factor
     batch: Factor | None = None
+    order: str = ""
+    places: bool = False
 
     def __str__(self) -> str:
-        return f"tokens@{self.token}" + (f" batch@{self.batch}" if self.batch else "")
+        order = f" in the order of {self.order}" if self.order else ""
+        what = "places of " if self.places else ""
+        return f"{what}tokens@{self.token}" + (f" batch@{self.batch}" if self.batch else "") + order
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from focus_compile.block_diffusion.programs import BlockPrograms, RowList
 from focus_compile.block_diffusion.state import COMMIT, DECODE, IDLE, BlockState, Listing
 from focus_compile.block_diffusion.tracing import ModelCall, call_with_block_mask, trace
 from focus_compile.config import FocusConfig
-from focus_compile.errors import OptionError
+from focus_compile.errors import FocusError, OptionError
 from focus_compile.fallback import warn_once
 from focus_compile.frontend import known_mask_token_id
 from focus_compile.kernels.confidence.op import confidence
-from focus_compile.policies.focus_evict import keep_rows
+from focus_compile.kernels.ragged import MOST_ROWS
+from focus_compile.policies.focus_evict import Rank, keep_rows
 from focus_compile.runtime.device_graphs import DeviceGraphs
 
 __all__ = ["BLOCK_POLICIES", "BatchGenerator", "BlockStep", "Completion"]
@@ -117,6 +119,7 @@ class BatchGenerator:
         commit: str = "exact",
         eos_token_id: int | Sequence[int] | None = None,
         cut: int = 1,
+        rank: Rank = torch.sub,
         lowering: str = "inductor",
         cuda_graphs: bool = True,
         call: ModelCall = call_with_block_mask,
@@ -136,6 +139,9 @@ class BatchGenerator:
                 those of the model; "delayed" only the rows whose K/V are not final yet.
             eos_token_id: one or several tokens that end a sequence.
             cut: layer after whose keys and values rows leave.
+            rank: scores of the masked rows, of which the highest stay: a function of their
+                importance at the cut and in the layer before. One that is no pure function, such
+                as random numbers, needs `cuda_graphs=False`.
             lowering, cuda_graphs: see `FocusConfig`.
             call: how the model is called.
 
@@ -145,10 +151,11 @@ class BatchGenerator:
                 length; says where.
         """
         self.policy, self.threshold, self.alpha, self.commit = policy, threshold, alpha, commit
+        self.rank = rank
         self.block_length, self.max_batch = block_length, max_batch
         if mask_token_id is None:
             mask_token_id = known_mask_token_id(model)
-        self._check(mask_token_id, max_length)
+        self._check(mask_token_id, max_length, cut)
         assert mask_token_id is not None
         self.eos = _token_ids(eos_token_id)
         config = FocusConfig(
@@ -158,7 +165,7 @@ class BatchGenerator:
         self.max_length = math.ceil(max_length / block_length) * block_length
         traced = trace(model, config, self.max_length, call)
         layers = len(traced.plan.sites)
-        if not 1 <= cut < layers:
+        if cut >= layers:
             raise OptionError.invalid("cut", cut, f"a layer from 1 to {layers - 1}")
         self.programs = BlockPrograms.build(
             traced.captured, traced.pipeline, traced.plan, block_length, cut, lowering
@@ -180,7 +187,7 @@ class BatchGenerator:
         self._waiting: deque[_Request] = deque()
         self._numbers = itertools.count()
 
-    def _check(self, mask_token_id: int | None, max_length: int) -> None:
+    def _check(self, mask_token_id: int | None, max_length: int, cut: int) -> None:
         if mask_token_id is None:
             raise OptionError(
                 "BatchGenerator: model.config has no mask_token_id; pass mask_token_id=..."
@@ -189,16 +196,17 @@ class BatchGenerator:
             raise OptionError.unknown(self.policy, BLOCK_POLICIES, kind="policy")
         if self.commit not in COMMITS:
             raise OptionError.unknown(self.commit, COMMITS, kind="commit")
-        for name, value, least in (
-            ("block_length", self.block_length, 2),
-            ("max_batch", self.max_batch, 1),
-            ("max_length", max_length, 2 * self.block_length),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise OptionError.invalid(name, value, f"a whole number >= {least}")
-        if not 0 <= self.threshold <= 1:
+        _check_whole("block_length", self.block_length, 2)
+        _check_whole("max_batch", self.max_batch, 1)
+        _check_whole("max_length", max_length, 2 * self.block_length)
+        _check_whole("cut", cut, 1)
+        if self.policy == "focus-evict" and self.block_length > MOST_ROWS:
+            raise OptionError.invalid(
+                "block_length", self.block_length, f"at most {MOST_ROWS} with focus-evict"
+            )
+        if not _is_number(self.threshold) or not 0 <= self.threshold <= 1:
             raise OptionError.invalid("threshold", self.threshold, "a probability")
-        if not self.alpha >= 1:
+        if not _is_number(self.alpha) or not self.alpha >= 1:
             raise OptionError.invalid("alpha", self.alpha, "a number >= 1")
 
     def submit(
@@ -215,23 +223,23 @@ class BatchGenerator:
             stop: token sequences that end the response where they appear in it.
 
         Raises:
-            OptionError: no prompt, a mask in it, or no room for it and one token.
+            OptionError: no prompt, a mask in it, or no room for it and one token; something that is
+                no token or number.
         """
-        ids = [int(token) for token in (prompt.flatten() if isinstance(prompt, Tensor) else prompt)]
+        ids = _tokens("prompt", prompt.flatten().tolist() if isinstance(prompt, Tensor) else prompt)
         if not ids:
             raise OptionError("BatchGenerator.submit: the prompt is empty")
         if self.state.mask_token_id in ids:
             raise OptionError(
                 f"BatchGenerator.submit: the prompt holds the mask token {self.state.mask_token_id}"
             )
-        if max_new_tokens < 1:
-            raise OptionError.invalid("max_new_tokens", max_new_tokens, "a whole number >= 1")
+        _check_whole("max_new_tokens", max_new_tokens, 1)
         if len(ids) >= self.max_length:
             raise OptionError(
                 f"BatchGenerator.submit: the prompt has {len(ids)} tokens, which leaves no room "
                 f"for a response in max_length={self.max_length}"
             )
-        stops = tuple(tuple(int(token) for token in one) for one in stop)
+        stops = tuple(tuple(_tokens("stop", one)) for one in stop)
         if any(not one for one in stops):
             raise OptionError("BatchGenerator.submit: a stop sequence is empty")
         request = _Request(next(self._numbers), ids, max_new_tokens, stops)
@@ -262,6 +270,8 @@ class BatchGenerator:
             slot.request.steps += 1
         self._learn()
         decoded = sum(undecided - slot.undecided for slot, undecided in before)
+        if self.decode_counts is None and any(slot.undecided >= was for slot, was in before):
+            raise FocusError("focus_compile: nothing can be decoded; the model's logits are NaN")
         completed = self._finish_blocks()
         self.history.append(
             BlockStep(
@@ -318,7 +328,7 @@ class BatchGenerator:
         keep = keep_rows(
             at_cut, before, listing.masked, listing.index % self.block_length,
             listing.rows.starts, self.state.decoded.mean(), self.state.progress, self.alpha,
-            self.block_length,
+            self.block_length, self.rank,
         )  # fmt: skip
         return listing, keep, frontier
 
@@ -386,8 +396,8 @@ class BatchGenerator:
 
         known: tokens before this block."""
         request = slot.request
-        end = _stop_at(request.tokens, known, request.stops, self.eos)
-        if end is not None and end < request.limit:
+        end = _stop_at(request.tokens[: request.limit], known, request.stops, self.eos)
+        if end is not None:
             del request.tokens[end:]
             return "stop"
         full = slot.begin + 2 * self.block_length > self.max_length
@@ -471,7 +481,28 @@ def _completion(request: _Request, reason: str) -> Completion:
 def _token_ids(given: int | Sequence[int] | None) -> frozenset[int]:
     if given is None:
         return frozenset()
-    return frozenset([given] if isinstance(given, int) else given)
+    return frozenset(_tokens("eos_token_id", [given] if isinstance(given, int) else given))
+
+
+def _tokens(name: str, given: Any) -> list[int]:
+    """Token ids as they were given."""
+    expected = "a sequence of token ids"
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise OptionError.invalid(name, given, expected)
+    tokens = list(given)
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, Integral) or int(token) < 0:
+            raise OptionError.invalid(name, given, expected)
+    return [int(token) for token in tokens]
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise OptionError.invalid(name, value, f"a whole number >= {least}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _no_graphs(why: str) -> Any:

@@ -78,6 +78,16 @@ class BlockState:
     def block_length(self) -> int:
         return self.tokens.shape[1]
 
+    def enter(self, tokens: Tensor, begin: int) -> None:
+        """All sequences enter the block `tokens` [S, B] at position `begin`."""
+        self.tokens.copy_(tokens)
+        self.uncached.fill_(True)
+        self.begin.fill_(begin)
+        self.progress.fill_(-1)
+        self.phase.fill_(DECODE)
+        self.decoded.total.zero_()
+        self.decoded.steps.zero_()
+
     def start(self, slot: int, tokens: Tensor, begin: int) -> None:
         """A sequence enters `slot` with the block `tokens` [B] at position `begin`."""
         self.tokens[slot] = tokens
@@ -195,7 +205,10 @@ class BlockState:
 
     def computed(self, listing: Listing) -> None:
         """These rows, with the tokens as they are, went through all layers."""
-        seen = self.spread(listing)
+        self.computed_at(self.spread(listing))
+
+    def computed_at(self, seen: Tensor) -> None:
+        """The same for positions bool [S, B]."""
         self.uncached.logical_and_(~(ready(self.masked()) & seen))
         self.progress.copy_(torch.maximum(self.progress, last_true(seen)))
 

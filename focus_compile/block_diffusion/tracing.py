@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._dynamo.eval_frame import reset_code
 
 from focus_compile.capture import Capture
 from focus_compile.config import FocusConfig
@@ -79,7 +80,16 @@ def trace(
     ids = torch.zeros(1, max_length, dtype=torch.int64, device=device)
     mask = block_causal_mask(max_length, config.block_length, device)
     positions = torch.arange(max_length, device=device)[None]
-    calls = _graphs_of(lambda: call(model, ids, mask, positions), config)
+
+    def forward() -> Tensor:
+        return call(model, ids, mask, positions)
+
+    try:
+        calls = _graphs_of(forward, config)
+    finally:
+        # Dynamo keeps what it compiled by the function's code, up to a limit; this is not called
+        # again.
+        reset_code(forward.__code__)
     if len(calls) != 1:
         raise _refused(
             Refusal(

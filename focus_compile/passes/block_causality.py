@@ -7,6 +7,7 @@ change: their K/V are exact for ever, and a decode step needs no mask, only the 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -14,7 +15,7 @@ from torch import Tensor, fx
 from focus_compile.passes.constant_masks import ancestors_of, evaluate_mask, negligible
 from focus_compile.plan import Plan, Refusal
 
-__all__ = ["block_causal_mask", "block_length_of", "why_not_block_causal"]
+__all__ = ["block_causal_mask", "block_length_of", "mask_inputs", "why_not_block_causal"]
 
 _REMEDY = (
     "Call it with a block-causal 4D attention mask [batch, 1, tokens, tokens], as block-diffusion "
@@ -39,8 +40,16 @@ def block_length_of(keeps: Tensor) -> int | None:
     return block_length if torch.equal(keeps, expected) else None
 
 
+def mask_inputs(gm: fx.GraphModule, plan: Plan) -> list[str]:
+    """Inputs of the graph, numbers included, that sites' masks are made from."""
+    by_name = {node.name: node for node in gm.graph.nodes}
+    masks = [by_name[site.node].args[3] for site in plan.sites]
+    found = {n.name: None for m in masks if isinstance(m, fx.Node) for n in ancestors_of(m)}
+    return [name for name in found if by_name[name].op == "placeholder"]
+
+
 def why_not_block_causal(
-    gm: fx.GraphModule, plan: Plan, inputs: Mapping[str, Tensor], block_length: int
+    gm: fx.GraphModule, plan: Plan, inputs: Mapping[str, Any], block_length: int
 ) -> Refusal | None:
     """None if every site's mask is block-causal with this block length, else what is wrong.
 
@@ -80,7 +89,7 @@ def why_not_block_causal(
     return None
 
 
-def _value_of(gm: fx.GraphModule, mask: fx.Node, inputs: Mapping[str, Tensor]) -> Tensor | None:
+def _value_of(gm: fx.GraphModule, mask: fx.Node, inputs: Mapping[str, Any]) -> Tensor | None:
     order = ancestors_of(mask)
     known = {}
     for node in order:
@@ -88,6 +97,7 @@ def _value_of(gm: fx.GraphModule, mask: fx.Node, inputs: Mapping[str, Tensor]) -
             continue
         if node.name not in inputs:
             return None
-        known[node] = inputs[node.name]
+        value = inputs[node.name]
+        known[node] = value.detach().cpu() if isinstance(value, Tensor) else value
     with torch.no_grad():
         return evaluate_mask(gm, order, mask, known)

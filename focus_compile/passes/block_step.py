@@ -167,6 +167,10 @@ class _Build:
 
     def first_stage(self, rows: RowBuilder) -> set[str]:
         sites = self.plan.sites
+        if not 1 <= self.cut < len(sites):
+            raise PassError(
+                f"rows cannot leave at layer {self.cut} of {len(sites)}; set evict_layer"
+            )
         names = [sites[self.cut].key, sites[self.cut].value]
         return rows.ancestors(names + [site.node for site in sites[: self.cut]])
 

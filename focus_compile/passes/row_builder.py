@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
 from focus_compile.passes.graph_tools import op_name, shape_of, tensor_of
@@ -16,6 +17,8 @@ from focus_compile.passes.row_values import ACTIVE, RowValues
 from focus_compile.plan import Operand, Plan, RowOp, Site
 
 __all__ = ["RowBuilder", "cache_names"]
+
+aten = torch.ops.aten
 
 
 def cache_names(plan: Plan) -> list[str]:
@@ -89,6 +92,9 @@ class RowBuilder:
             else:
                 arguments = self.values.sizes(sizes)
             new = self.graph.call_function(node.target, (source, arguments))  # type: ignore[arg-type]
+        elif row.axes.places and op_name(node).startswith("arange."):
+            count = self.values.size(self._active_shape(node, row)[0])
+            new = self.graph.call_function(aten.arange.default, (count,), node.kwargs)
         else:
             args = fx.map_arg(node.args, lambda n: self.argument(n, row))
             kwargs = fx.map_arg(node.kwargs, lambda n: self.argument(n, row))

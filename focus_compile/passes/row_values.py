@@ -42,6 +42,8 @@ class RowValues:
     def select(self, value: fx.Node, shape: list[sympy.Expr], operand: Operand) -> fx.Node:
         """The active rows of `value`, of shape `shape`, as `operand` reads it."""
         assert operand.axes is not None
+        if operand.axes.order:
+            raise PassError(f"cannot select rows of {value.name} at {operand.axes}")
         key = (value.name, operand.axes, operand.rank)
         if key not in self._selected:
             for _ in range(operand.rank - len(shape)):

@@ -10,7 +10,7 @@ and its rows are selected; an attention site stops the walk, since its keys come
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 import sympy
@@ -26,6 +26,7 @@ from focus_compile.passes.graph_tools import (
     tensor_of,
     user_line,
 )
+from focus_compile.passes.sorted_rows import places_rule
 from focus_compile.passes.token_rules import rule_for
 from focus_compile.plan import Factor, Operand, OutputRows, Refusal, RowAxes, RowOp
 
@@ -72,7 +73,8 @@ def prove_rows(gm: fx.GraphModule, ids: fx.Node, weights: set[fx.Node]) -> RowPr
         if node.op != "call_function":
             raise NotTokenWise(Refusal(f"the input {node.name} holds hidden states"))
         demands.consumer = node
-        rule_for(node)(demands, node, axes)
+        rule = places_rule if axes.places else rule_for(node)
+        rule(demands, node, axes)
         operands = demands.operands.pop(node, {})
         _require_all_read(demands, node, operands)
         rows.append(RowOp(node.name, axes, tuple(operands.values())))
@@ -88,7 +90,7 @@ def _require_all_read(demands: Demands, node: fx.Node, operands: dict[str, Opera
 
 
 def _kind(node: fx.Node) -> str:
-    return op_name(node).removeprefix("focus_compile.").split(".")[0]
+    return op_name(node).removeprefix("focus_compile.").rsplit(".", 1)[0]
 
 
 def hidden_values(graph: fx.Graph, ids: fx.Node, weights: set[fx.Node]) -> set[fx.Node]:
@@ -167,17 +169,25 @@ class Demands:
             return
         shift = 0 if rank is None else rank - len(shape_of(node))
         if node not in self.hidden:
+            if axes.order:
+                self.refuse(f"reads {node.name} by rows that are in the order of {axes.order}")
             self._record(Operand(node.name, "gather", axes, rank or len(shape_of(node))))
             return
         own = _shifted(axes, -shift)
         if own is None or (self.batch != 1 and own.batch is None):
             self.refuse(f"{node.name} loses its batch axis")
         self._require_rows_at(node, own)
-        known = self.rows.get(node)
-        if known is not None and known != own:
-            self.refuse(f"the rows of {node.name} are needed on two axes ({known}; {own})")
-        self.rows[node] = own
-        self._record(Operand(node.name, "rows", own))
+        self._record_rows(node, own)
+
+    def need_places(self, node: fx.Node, axes: RowAxes) -> None:
+        """Demand where the rows are, whose form the caller has matched (sorted_rows.py)."""
+        self._record_rows(node, axes)
+
+    def _record_rows(self, node: fx.Node, axes: RowAxes) -> None:
+        known = self.rows.setdefault(node, axes)
+        if known != axes:
+            self.refuse(f"the rows of {node.name} are needed on two axes ({known}; {axes})")
+        self._record(Operand(node.name, "rows", axes))
 
     def _require_rows_at(self, node: fx.Node, axes: RowAxes) -> None:
         """The axes must be long enough to hold the rows: a broadcast one of size 1 is not."""
@@ -216,10 +226,7 @@ class Demands:
         """Demand a tuple of values whose elements all carry their rows at `axes`."""
         if node not in self.hidden:
             self.refuse(f"unpacks {node.name}, which holds no hidden states")
-        known = self.rows.setdefault(node, axes)
-        if known != axes:
-            self.refuse(f"the parts of {node.name} are needed on two axes")
-        self._record(Operand(node.name, "rows", axes))
+        self._record_rows(node, axes)
 
     @staticmethod
     def carries(shape: list[sympy.Expr], factor: Factor, out_shape: list[sympy.Expr]) -> bool:
@@ -262,4 +269,4 @@ def _shifted(axes: RowAxes, by: int) -> RowAxes | None:
     if batch is not None:
         moved = batch.axis + by
         batch = Factor(moved, batch.inner) if moved >= 0 else None
-    return RowAxes(Factor(token, axes.token.inner), batch)
+    return replace(axes, token=Factor(token, axes.token.inner), batch=batch)

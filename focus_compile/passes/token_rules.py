@@ -7,13 +7,29 @@ refuses. An op without a rule is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
 from torch import fx
 
-from focus_compile.passes.graph_tools import arg, divides, op_name, position, shape_of, tensor_of
+from focus_compile.passes.graph_tools import (
+    arg,
+    divides,
+    fake_of,
+    op_name,
+    position,
+    shape_of,
+    tensor_of,
+)
+from focus_compile.passes.sorted_rows import (
+    add_back,
+    divided,
+    element_of_sort,
+    grouped_product,
+    move_rows,
+)
 from focus_compile.plan import Factor, RowAxes
 
 if TYPE_CHECKING:
@@ -34,11 +50,12 @@ REDUCTIONS = {
 }  # fmt: skip
 ALONG_AXIS = {"softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "sort",
               "topk", "argsort", "flip", "roll", "glu", "logcumsumexp"}  # fmt: skip
+_INDICES = (torch.int32, torch.int64)
 
 
 def rule_for(node: fx.Node) -> Rule:
     """The rule of the node's op."""
-    name = op_name(node).split(".")[0]
+    name = op_name(node).rsplit(".", 1)[0]
     if name in _RULES:
         return _RULES[name]
     if name in REDUCTIONS and not op_name(node).endswith(".other"):
@@ -61,7 +78,8 @@ def _factors(axes: RowAxes) -> list[Factor]:
 
 
 def _map(axes: RowAxes, move: Callable[[Factor], Factor]) -> RowAxes:
-    return RowAxes(move(axes.token), None if axes.batch is None else move(axes.batch))
+    batch = None if axes.batch is None else move(axes.batch)
+    return replace(axes, token=move(axes.token), batch=batch)
 
 
 def _on_axis(axes: RowAxes, axis: int) -> bool:
@@ -237,6 +255,9 @@ def moved_by_reshape(
 def _reshape(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     source = arg(node, 0)
     before, after = shape_of(node), shape_of(source)
+    if axes.order:
+        demands.need_rows(source, _moved_whole(demands, axes, before, after))
+        return
     token = moved_by_reshape(axes.token, demands.length, before, after)
     batch = None
     if axes.batch is not None:
@@ -244,6 +265,17 @@ def _reshape(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     if token is None or (axes.batch is not None and batch is None):
         demands.refuse(f"reshapes {after} to {before}, which cuts through the rows")
     demands.need_rows(source, RowAxes(token, batch))
+
+
+def _moved_whole(
+    demands: Demands, axes: RowAxes, before: list[sympy.Expr], after: list[sympy.Expr]
+) -> RowAxes:
+    """Rows in a sort's order lie anywhere on their axis: it moves as a whole."""
+    size = before[axes.token.axis]
+    moved = moved_by_reshape(Factor(axes.token.axis), size, before, after)
+    if moved is None or after[moved.axis] != size:
+        demands.refuse(f"reshapes {after} to {before}, which cuts through the sorted rows")
+    return _map(axes, lambda factor: Factor(moved.axis, factor.inner))
 
 
 def _cat(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
@@ -291,7 +323,29 @@ def _getitem(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     """An element of a tuple: its axes are those of every element."""
     source = arg(node, 0)
     assert isinstance(source, fx.Node)
-    demands.need_tuple(source, axes)
+    if not element_of_sort(demands, node, axes):
+        demands.need_tuple(source, axes)
+
+
+def _index(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    """source[:, ..., index]: a look-up by row, features picked from each row, or sorted rows."""
+    source, indices = arg(node, 0), list(arg(node, 1))
+    at = next(axis for axis, index in enumerate(indices) if index is not None)
+    index, width = indices[at], _rank(indices[at])
+    if sum(item is not None for item in indices) > 1 or fake_of(index).dtype not in _INDICES:
+        demands.refuse("focus_compile has no rule for this form of it")
+    if not any(_on_axis(axes, axis) for axis in range(at, at + width)):
+        demands.need_full(index)
+        demands.need_rows(
+            source, _map(axes, lambda f: f if f.axis < at else Factor(f.axis - width + 1, f.inner))
+        )
+        return
+    if not all(at <= factor.axis < at + width for factor in _factors(axes)):
+        demands.refuse("indexes the token axis")
+    if move_rows(demands, node, axes, index):
+        return
+    demands.need_full(source)
+    demands.need_rows(index, _map(axes, lambda f: Factor(f.axis - at, f.inner)))
 
 
 def _gather(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
@@ -327,10 +381,16 @@ def _repeat(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
 
 
 def _repeat_interleave(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
-    axis = _argument(node, 2, "dim", None)
+    axis, count = _argument(node, 2, "dim", None), arg(node, 1)
     if axis is None:
         demands.refuse("repeats the flattened tokens")
-    _forbid(demands, axes, [position(int(axis), _rank(node))], "repeats")
+    axis = position(int(axis), _rank(node))
+    if _on_axis(axes, axis):
+        if not isinstance(count, int) or axes.order or node.kwargs.get("output_size") is not None:
+            demands.refuse("repeats the token axis")
+        if not all(factor.axis == axis for factor in _factors(axes)):
+            demands.refuse("repeats the token axis")
+        axes = divided(demands, axes, count)
     demands.need_rows(arg(node, 0), axes)
 
 
@@ -386,5 +446,9 @@ _RULES: dict[str, Rule] = {
     "constant_pad_nd": _pad,
     "repeat": _repeat,
     "repeat_interleave": _repeat_interleave,
-    "focus_compile": _attention,
+    "index": _index,
+    "index_add": add_back,
+    "_grouped_mm": grouped_product,
+    "transformers.grouped_mm_fallback": grouped_product,
+    "focus_compile.attention": _attention,
 }

@@ -7,6 +7,7 @@ right neighbour decided, and *evicted* where its importance says that it will no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,10 @@ from torch import Tensor
 
 from focus_compile.kernels.row_selection.op import select_rows, targets
 
-__all__ = ["Yield", "keep_rows", "last_true", "ready"]
+__all__ = ["Rank", "Yield", "keep_rows", "last_true", "ready"]
+
+Rank = Callable[[Tensor, Tensor], Tensor]
+"""(importance at the cut, importance before it) -> scores, all float32 [R]."""
 
 
 def ready(masked: Tensor) -> Tensor:
@@ -67,6 +71,7 @@ def keep_rows(
     progress: Tensor,
     alpha: float,
     block_length: int,
+    rank: Rank = torch.sub,
 ) -> Tensor:
     """Rows of a list that go on, bool [R].
 
@@ -77,10 +82,13 @@ def keep_rows(
         at_cut, before: float32 [R] (see `importance`).
         masked: bool [R]; local: int64 [R], positions in the block; starts: [S + 1].
         mean_yield: float64 [S]; progress: int64 [S], the last position ever computed in all layers.
+        rank: the scores float32 [R], of at_cut and before.
     """
     counts = _per_sequence(masked, starts)
     target = targets(counts, mean_yield, alpha)
-    return select_rows(at_cut - before, masked, local, starts, target, progress, block_length)
+    return select_rows(
+        rank(at_cut, before), masked, local, starts, target, progress, block_length
+    )
 
 
 def _per_sequence(flags: Tensor, starts: Tensor) -> Tensor:

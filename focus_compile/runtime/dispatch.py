@@ -34,7 +34,7 @@ from focus_compile.runtime.store import STORE, Slot
 from focus_compile.runtime.trajectory import Blocks, Trajectory, current_stream
 from focus_compile.runtime.warm_up import WarmUp, asked_for, buckets_within
 
-__all__ = ["Dispatcher"]
+__all__ = ["NO_MASKS", "Dispatcher"]
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ _INFERENCE_WEIGHTS = (
 )
 
 
-_NO_MASKS = "no mask token in the input"
+NO_MASKS = "no mask token in the input"
 _NO_TOKEN = -1
 
 
@@ -83,7 +83,7 @@ class Dispatcher:
     def _run(self, args: Sequence[Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         if self._refused is not None:
             return self._exact(args, self._refused)
-        if self.policy is None:
+        if self.config.policy == "exact":
             return self._exact(args, 'policy="exact"')
         slot = STORE.slot(args[self._first_weight])
         if not slot.lock.acquire(blocking=False):
@@ -99,7 +99,7 @@ class Dispatcher:
     def _busy(self, args: Sequence[Any], why: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """Exact because of another thread: worth a word only where masks are left to decode."""
         if not self._any_masked(args):
-            return self._exact(args, _NO_MASKS)
+            return self._exact(args, NO_MASKS)
         return self._exact(args, self._refuse(why))
 
     def _any_masked(self, args: Sequence[Any]) -> bool:
@@ -116,10 +116,11 @@ class Dispatcher:
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """Refresh or step. The slot is empty while state is in flux, so nothing torn survives."""
         call = CallInputs.of(self.plan, args)
-        why, flags = self._compare(slot.trajectory, call)
+        held = slot.trajectory if isinstance(slot.trajectory, Trajectory) else None
+        why, flags = self._compare(held, call)
         if not (self._any_masked(args) if flags is None else flags.masked):
-            return self._exact(args, _NO_MASKS)
-        held, slot.trajectory = slot.trajectory, None
+            return self._exact(args, NO_MASKS)
+        slot.trajectory = None
         if why is None and held is not None and flags is not None:
             outputs, entry = self._continue(held, args, flags)
             slot.trajectory = held

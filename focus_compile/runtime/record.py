@@ -15,7 +15,8 @@ class StepRecord:
     """One model call.
 
     program: "exact", "refresh" or "step"; why: what decided it. rows: rows computed, over the
-    batch. bucket: the padded rows per sequence of a step. keys: keys read by each layer of a
+    batch. bucket: the padded rows per sequence of a step. kept: rows that went through all layers,
+    where some were evicted. keys: keys read by each layer of a
     region, sequence 0 (counting a sink inside a kept block once more). recall: of the positions
     that the caller decided since the previous call, the share that its step had predicted (None
     after a refresh, which computes every row, and where nothing was decided). milliseconds: host
@@ -30,6 +31,7 @@ class StepRecord:
     recall: float | None = None
     milliseconds: float = 0.0
     compile_seconds: float = 0.0
+    kept: int | None = None
 
 
 _history: contextvars.ContextVar[list[StepRecord] | None] = contextvars.ContextVar(

@@ -17,7 +17,7 @@ from focus_compile.runtime.buckets import bucket_for, pack_rows
 from focus_compile.runtime.programs import Programs
 from focus_compile.runtime.trajectory import Trajectory
 
-__all__ = ["check_plan"]
+__all__ = ["check_plan", "rows_differ"]
 
 log = logging.getLogger(__name__)
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
@@ -55,9 +55,14 @@ def check_plan(
     )
     state = [*trajectory.caches, *trajectory.merged]
     rows = programs.run_step(args, packed, trajectory.candidates, trajectory.candidates, state)
+    sequences = torch.arange(active.shape[0], device=device)[:, None]
+    return rows_differ(rows, [theirs[sequences, packed.rows - first] for theirs in dense])
+
+
+def rows_differ(rows: Sequence[Tensor], dense: Sequence[Tensor]) -> str | None:
+    """None if rows computed alone equal the same rows of a whole forward, else by how much not."""
     for ours, theirs in zip(rows, dense, strict=False):
-        sequences = torch.arange(theirs.shape[0], device=theirs.device)[:, None]
-        error = _worst_row(ours, theirs[sequences, packed.rows - first])
+        error = _worst_row(ours, theirs)
         if not error <= _tolerance(theirs):
             return f"rows computed alone differ from the model by {error:.2g}"
     return None

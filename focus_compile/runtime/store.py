@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from focus_compile.runtime.trajectory import Trajectory
+from focus_compile.runtime.trajectory import OwnedTrajectory
 
 __all__ = ["STORE", "Slot", "TrajectoryStore"]
 
@@ -22,7 +22,7 @@ class Slot:
     """The one trajectory of a model, and the lock that a call holds while it uses it."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    trajectory: Trajectory | None = None
+    trajectory: OwnedTrajectory | None = None
 
 
 class TrajectoryStore:

@@ -17,7 +17,7 @@ from focus_compile.runtime.device_graphs import DeviceGraphs
 from focus_compile.runtime.guard import CallInputs
 from focus_compile.runtime.latest_rows import LatestRows
 
-__all__ = ["Blocks", "SeenWeights", "Trajectory"]
+__all__ = ["Blocks", "OwnedTrajectory", "SeenWeights", "Trajectory", "current_stream"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,29 @@ class SeenWeights:
 
 
 @dataclass(eq=False)
-class Trajectory:
+class OwnedTrajectory:
+    """What every trajectory is bound to: a compiled graph, its weights, a stream and a thread."""
+
+    owner: object
+    weights: SeenWeights
+    stream: int
+    thread: weakref.ref[threading.Thread] = field(
+        default_factory=lambda: weakref.ref(threading.current_thread()), kw_only=True
+    )
+
+    def belongs_to_another_thread(self) -> bool:
+        """True while the thread that started the trajectory lives and is not the caller's."""
+        thread = self.thread()
+        return thread is not None and thread.is_alive() and thread is not threading.current_thread()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state held."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False, kw_only=True)
+class Trajectory(OwnedTrajectory):
     """State of one run of calls. All tensors are private to it.
 
     A new trajectory of the same sizes takes the tensors of the old one, so that what was captured
@@ -96,9 +118,7 @@ class Trajectory:
     [batch, length - first_row]: what a refresh returns.
     """
 
-    owner: object
     numbers: tuple[Any, ...]
-    weights: SeenWeights
     blocks: Blocks
     incoming: Tensor
     ids: Tensor
@@ -115,14 +135,10 @@ class Trajectory:
     caches: list[Tensor]
     graphs: DeviceGraphs
     merged: list[Tensor] = field(default_factory=list)
-    stream: int = 0
     outputs: list[LatestRows] = field(default_factory=list)
     steps_since_refresh: int = 0
     prompt_blocks: tuple[int, int] = (0, 0)
     """candidates and keep of sequence 0."""
-    thread: weakref.ref[threading.Thread] = field(
-        default_factory=lambda: weakref.ref(threading.current_thread())
-    )
 
     @classmethod
     def allocate(
@@ -145,8 +161,9 @@ class Trajectory:
         rows = torch.arange(first_row, length, device=call.ids.device)
         return cls(
             owner=owner,
-            numbers=call.numbers,
             weights=SeenWeights(call.weights),
+            stream=current_stream(call.ids),
+            numbers=call.numbers,
             blocks=Blocks(per_sequence(), 1),
             incoming=per_row(call.ids.dtype),
             ids=per_row(call.ids.dtype),
@@ -203,11 +220,6 @@ class Trajectory:
             )
             and self.weights.addresses == [weight.data_ptr() for weight in call.weights]
         )
-
-    def belongs_to_another_thread(self) -> bool:
-        """True while the thread that started the trajectory lives and is not the caller's."""
-        thread = self.thread()
-        return thread is not None and thread.is_alive() and thread is not threading.current_thread()
 
     @property
     def nbytes(self) -> int:
