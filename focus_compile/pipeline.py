@@ -15,9 +15,10 @@ import torch
 from torch import fx
 
 from focus_compile.capture import Capture
-from focus_compile.config import VERIFY, FocusConfig, verify_level
+from focus_compile.config import BLOCK_POLICIES, VERIFY, FocusConfig, verify_level
 from focus_compile.errors import PassError
 from focus_compile.key_costs import KeyShape, key_costs
+from focus_compile.passes.block_causality import BLOCK_MASK_REMEDY
 from focus_compile.passes.constant_masks import FoldConstantMasks
 from focus_compile.passes.graph_tools import arg, concrete, op_name, shape_of, tensor_of, user_line
 from focus_compile.passes.match_attention import MatchAttention
@@ -183,9 +184,15 @@ def _analyse(
     return plan
 
 
+_NOT_CAUSAL = (
+    "A causal model reuses its own KV cache; focus_compile is for bidirectional ones, and for "
+    'those that are causal by blocks (policy="focus-evict").'
+)
 _NO_IDS = Refusal(
     "no input of token ids [batch, tokens] feeds an embedding",
-    remedy="Call the model with input_ids; inputs_embeds holds no ids to compare between calls.",
+    remedy="Call the model with input_ids; inputs_embeds holds no ids to compare between calls. "
+    "If Dynamo cut the forward (TORCH_LOGS=graph_breaks): experts in a loop are what "
+    'model.set_experts_implementation("grouped_mm") avoids.',
 )
 
 
@@ -318,7 +325,7 @@ def _refusals(
         return [Refusal("autocast is on", remedy="Cast the model: model.to(torch.bfloat16).")]
     causal = [*matching.causal, *folding.causal]
     if causal:
-        remedy = "A causal model reuses its own KV cache; focus_compile is for bidirectional ones."
+        remedy = _NOT_CAUSAL if config.policy not in BLOCK_POLICIES else BLOCK_MASK_REMEDY
         return [replace(causal[0], remedy=remedy)]
     if not plan.sites:
         return [Refusal("no attention was recognised", remedy=_miss_hint(matching))]

@@ -19,7 +19,7 @@ from focus_compile.block_diffusion.programs import BlockPrograms, RowList
 from focus_compile.block_diffusion.state import COMMIT, DECODE, IDLE, BlockState, Listing
 from focus_compile.block_diffusion.tracing import ModelCall, call_with_block_mask, trace
 from focus_compile.config import FocusConfig
-from focus_compile.errors import FocusError, OptionError
+from focus_compile.errors import FocusError, OptionError, PassError, RefusalError
 from focus_compile.fallback import warn_once
 from focus_compile.frontend import known_mask_token_id
 from focus_compile.kernels.confidence.op import confidence
@@ -159,7 +159,7 @@ class BatchGenerator:
         assert mask_token_id is not None
         self.eos = _token_ids(eos_token_id)
         config = FocusConfig(
-            policy="dual-cache", mask_token_id=mask_token_id, block_length=block_length,
+            policy="delayed-cache", mask_token_id=mask_token_id, block_length=block_length,
             lowering=lowering, cuda_graphs=cuda_graphs,
         )  # fmt: skip
         self.max_length = math.ceil(max_length / block_length) * block_length
@@ -167,9 +167,12 @@ class BatchGenerator:
         layers = len(traced.plan.sites)
         if cut >= layers:
             raise OptionError.invalid("cut", cut, f"a layer from 1 to {layers - 1}")
-        self.programs = BlockPrograms.build(
-            traced.captured, traced.pipeline, traced.plan, block_length, cut, lowering
-        )
+        try:
+            self.programs = BlockPrograms.build(
+                traced.captured, traced.pipeline, traced.plan, block_length, cut, lowering
+            )
+        except PassError as error:
+            raise RefusalError(f"focus_compile: no block-diffusion program: {error}") from None
         self._arguments = traced.arguments
         device = traced.arguments[traced.plan.ids.position].device
         self.caches = self.programs.allocate(max_batch, self.max_length, device)

@@ -239,7 +239,7 @@ class BlockDispatcher(Dispatcher):
         self, call: CallInputs, args: Sequence[Any], why: str
     ) -> tuple[BlockTrajectory, tuple[Tensor, ...], dict[str, Any]]:
         """Compute all rows, and keep the K/V of all and the logits of the response's."""
-        ids, plan = call.ids, self.plan
+        ids = call.ids
         batch, length = ids.shape
         first = self._first_row(ids)
         fresh = self.programs.allocate(args)

@@ -52,6 +52,8 @@ class _Artifact:
     run: Callable[..., Any]
     guard: str | None
     environment: ShapeEnv
+    fixed: dict[int, int] = field(default_factory=dict)
+    """Sizes of 0 or 1, which torch takes for constants without a guard."""
 
 
 @dataclass
@@ -98,6 +100,8 @@ class Program:
     def _find(self, sizes: tuple[int, ...]) -> _Artifact | None:
         for artifact in self._artifacts:
             guard = artifact.guard
+            if any(sizes[at] != size for at, size in artifact.fixed.items()):
+                continue
             if guard is None or artifact.environment.evaluate_guards_expression(guard, sizes):
                 return artifact
         return None
@@ -129,7 +133,8 @@ class Program:
             guard = environment.produce_guards_expression(
                 list(symbols.values()), guards=environment.guards
             )
-        return _Artifact(run, guard, environment)
+        fixed = {at: size for at, size in enumerate(sizes) if size < 2}
+        return _Artifact(run, guard, environment, fixed)
 
     def _fresh_symbols(
         self, environment: ShapeEnv, sizes: tuple[int, ...]

@@ -15,9 +15,15 @@ from torch import Tensor, fx
 from focus_compile.passes.constant_masks import ancestors_of, evaluate_mask, negligible
 from focus_compile.plan import Plan, Refusal
 
-__all__ = ["block_causal_mask", "block_length_of", "mask_inputs", "why_not_block_causal"]
+__all__ = [
+    "BLOCK_MASK_REMEDY",
+    "block_causal_mask",
+    "block_length_of",
+    "mask_inputs",
+    "why_not_block_causal",
+]
 
-_REMEDY = (
+BLOCK_MASK_REMEDY = (
     "Call it with a block-causal 4D attention mask [batch, 1, tokens, tokens], as block-diffusion "
     "models are."
 )
@@ -61,14 +67,16 @@ def why_not_block_causal(
         mask = node.args[3]
         where = f"{site.node}, {site.where}"
         if not isinstance(mask, fx.Node):
-            return Refusal(f"layer {site.index} reads all keys, without a mask", where, _REMEDY)
+            return Refusal(
+                f"layer {site.index} reads all keys, without a mask", where, BLOCK_MASK_REMEDY
+            )
         if mask.name in checked:
             continue
         checked.add(mask.name)
         value = _value_of(gm, mask, inputs)
         if value is None:
             reason = f"the mask of layer {site.index} is made from inputs other than the mask's own"
-            return Refusal(reason, where, _REMEDY)
+            return Refusal(reason, where, BLOCK_MASK_REMEDY)
         keeps = value if value.dtype == torch.bool else value > negligible(value.dtype)
         heads = keeps.reshape(-1, *keeps.shape[-2:])
         if not all(torch.equal(heads[0], other) for other in heads[1:]):
@@ -78,13 +86,13 @@ def why_not_block_causal(
         found = block_length_of(heads[0])
         if found is None:
             reason = f"the mask of layer {site.index} is not block-causal (a sliding window?)"
-            return Refusal(reason, where, _REMEDY)
+            return Refusal(reason, where, BLOCK_MASK_REMEDY)
         if found != block_length:
             kind = "causal" if found == 1 else f"block-causal with blocks of {found}"
             return Refusal(
                 f"the mask of layer {site.index} is {kind}, not with blocks of {block_length}",
                 where,
-                f"Pass block_length={found}." if found > 1 else _REMEDY,
+                f"Pass block_length={found}." if found > 1 else BLOCK_MASK_REMEDY,
             )
     return None
 

@@ -86,9 +86,7 @@ def keep_rows(
     """
     counts = _per_sequence(masked, starts)
     target = targets(counts, mean_yield, alpha)
-    return select_rows(
-        rank(at_cut, before), masked, local, starts, target, progress, block_length
-    )
+    return select_rows(rank(at_cut, before), masked, local, starts, target, progress, block_length)
 
 
 def _per_sequence(flags: Tensor, starts: Tensor) -> Tensor:
