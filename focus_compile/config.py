@@ -15,9 +15,9 @@ from focus_compile.fallback import warn_once
 
 __all__ = ["BLOCK_POLICIES", "POLICIES", "VERIFY", "FocusConfig", "verify_level"]
 
-POLICIES = ("focus-dllm", "dual-cache", "prefix-cache", "focus-evict", "delayed-cache", "exact")
-BLOCK_POLICIES = ("focus-evict", "delayed-cache")
-"""Policies for block-causal models whose ids grow by a block."""
+BLOCK_POLICIES = ("focus-evict", "delayed-cache", "block-diffusion")
+"""Policies for block-causal models, whose ids grow by a block."""
+POLICIES = ("focus-dllm", "dual-cache", "prefix-cache", *BLOCK_POLICIES, "exact")
 REFRESH_WORDS = ("block", "every-step")
 BLOCK_SUMMARIES = ("bound", "mean")
 LOGITS_ROWS = ("all", "response")

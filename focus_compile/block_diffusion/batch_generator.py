@@ -7,18 +7,19 @@ import math
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from focus_compile.block_diffusion.programs import BlockPrograms, RowList
 from focus_compile.block_diffusion.state import COMMIT, DECODE, IDLE, BlockState, Listing
+from focus_compile.block_diffusion.step_costs import StepCosts
 from focus_compile.block_diffusion.tracing import ModelCall, call_with_block_mask, trace
-from focus_compile.config import FocusConfig
+from focus_compile.config import BLOCK_POLICIES, FocusConfig
 from focus_compile.errors import FocusError, OptionError, PassError, RefusalError
 from focus_compile.fallback import warn_once
 from focus_compile.frontend import known_mask_token_id
@@ -29,13 +30,15 @@ from focus_compile.runtime.device_graphs import DeviceGraphs
 
 __all__ = ["BLOCK_POLICIES", "BatchGenerator", "BlockStep", "Completion"]
 
-BLOCK_POLICIES = ("focus-evict", "delayed-cache", "block-diffusion")
+T = TypeVar("T")
 COMMITS = ("exact", "delayed")
 PREFILL_BLOCKS = 32
 """Blocks of prompts that one call of the whole program takes at most."""
 LADDER = (*range(8, 65, 8), *range(128, 513, 64), *range(640, 2049, 128))
 """Row counts that a list is padded to; multiples of `COARSE` beyond."""
 COARSE = 256
+CAPTURED_ROWS = 1024
+"""Steps of more rows keep a GPU busy for longer than their launches take."""
 
 
 def padded_rows(rows: int) -> int:
@@ -120,6 +123,8 @@ class BatchGenerator:
         eos_token_id: int | Sequence[int] | None = None,
         cut: int = 1,
         rank: Rank = torch.sub,
+        evict_if_faster: bool | None = None,
+        merge_projections: bool | None = None,
         lowering: str = "inductor",
         cuda_graphs: bool = True,
         call: ModelCall = call_with_block_mask,
@@ -142,7 +147,9 @@ class BatchGenerator:
             rank: scores of the masked rows, of which the highest stay: a function of their
                 importance at the cut and in the layer before. One that is no pure function, such
                 as random numbers, needs `cuda_graphs=False`.
-            lowering, cuda_graphs: see `FocusConfig`.
+            evict_if_faster: evict only in steps of such sizes where that decodes more tokens a
+                second, by timing both ways as steps go by. None: on a GPU.
+            merge_projections, lowering, cuda_graphs: see `FocusConfig`.
             call: how the model is called.
 
         Raises:
@@ -160,7 +167,7 @@ class BatchGenerator:
         self.eos = _token_ids(eos_token_id)
         config = FocusConfig(
             policy="delayed-cache", mask_token_id=mask_token_id, block_length=block_length,
-            lowering=lowering, cuda_graphs=cuda_graphs,
+            lowering=lowering, cuda_graphs=cuda_graphs, merge_projections=merge_projections,
         )  # fmt: skip
         self.max_length = math.ceil(max_length / block_length) * block_length
         traced = trace(model, config, self.max_length, call)
@@ -186,6 +193,8 @@ class BatchGenerator:
         """int64 [max_batch]: decode so many tokens a step instead of by threshold (to measure with
         given yields)."""
         self.history: list[BlockStep] = []
+        weighs = device.type == "cuda" if evict_if_faster is None else evict_if_faster
+        self.costs = StepCosts() if weighs else None
         self._slots: list[_Slot | None] = [None] * max_batch
         self._waiting: deque[_Request] = deque()
         self._numbers = itertools.count()
@@ -268,11 +277,15 @@ class BatchGenerator:
         if not working:
             return []
         before = [(slot, slot.undecided) for slot in working if slot.phase == DECODE]
+        computing = time.perf_counter()
         listed, kept, evicting = self._compute()
         for slot in working:
             slot.request.steps += 1
         self._learn()
         decoded = sum(undecided - slot.undecided for slot, undecided in before)
+        if self.costs is not None and before:
+            milliseconds = (time.perf_counter() - computing) * 1e3
+            self.costs.measured(padded_rows(listed), evicting, milliseconds, decoded)
         if self.decode_counts is None and any(slot.undecided >= was for slot, was in before):
             raise FocusError("focus_compile: nothing can be decoded; the model's logits are NaN")
         completed = self._finish_blocks()
@@ -291,17 +304,24 @@ class BatchGenerator:
         listed = sum(map(self._rows_of, working))
         undecided = sum(slot.undecided for slot in working if slot.phase == DECODE)
         rows = padded_rows(listed)
-        if self.policy != "focus-evict" or math.isinf(self.alpha) or not undecided:
+        evicts = self.policy == "focus-evict" and not math.isinf(self.alpha) and undecided > 0
+        if evicts and self.costs is not None:
+            evicts = self.costs.evict(rows)
+        if not evicts:
             wanted = min(padded_rows(undecided), rows)
-            self.graphs.run(("whole", rows, wanted), lambda: self._whole(rows, wanted))
+            self._launch(("whole", rows, wanted), rows, lambda: self._whole(rows, wanted))
             return listed, listed, False
-        listing, keep, frontier = self.graphs.run(("prefix", rows), lambda: self._prefix(rows))
+        listing, keep, frontier = self._launch(("prefix", rows), rows, lambda: self._prefix(rows))
         kept = int(keep.sum())
         narrow = min(padded_rows(kept), rows)
-        self.graphs.run(
-            ("suffix", rows, narrow), lambda: self._suffix(listing, keep, frontier, narrow)
+        self._launch(
+            ("suffix", rows, narrow), rows, lambda: self._suffix(listing, keep, frontier, narrow)
         )
         return listed, kept, True
+
+    def _launch(self, key: Hashable, rows: int, work: Callable[[], T]) -> T:
+        """Run work that depends on nothing but the state, as a CUDA graph where that pays."""
+        return self.graphs.run(key, work) if rows <= CAPTURED_ROWS else work()
 
     def _rows_of(self, slot: _Slot) -> int:
         whole = self.policy == "block-diffusion" or (

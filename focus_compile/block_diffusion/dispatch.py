@@ -308,10 +308,11 @@ class BlockDispatcher(Dispatcher):
         entered = call.ids.shape[1] > held.length
         if entered:
             self._commit(held, call, args)
-            listed = (self.block,) * call.ids.shape[0]
         else:
             state.tokens.copy_(call.ids[:, -self.block :])
             state.decoded.add(torch.tensor(seen.decoded, device=state.tokens.device))
+        if entered or self.config.policy == "block-diffusion":
+            listed = (self.block,) * call.ids.shape[0]
         held.ids = call.ids.clone()
         held.guarded = tuple(tensor.clone() for tensor in call.guarded)
         bucket = min(bucket_for(max(listed), self.config.buckets, self.block, "cpu"), self.block)
@@ -334,13 +335,14 @@ class BlockDispatcher(Dispatcher):
     ) -> tuple[int, Listing, Sequence[Tensor]]:
         """(rows past the cut, their listing, outputs at them); notes what was evicted."""
         state, batch = held.state, held.ids.shape[0]
-        listing = self._listing(state, bucket)
+        everything = self.config.policy == "block-diffusion"
+        listing = self._listing(state, bucket, everything=everything)
         evicts = self.config.policy == "focus-evict" and held.evicts and held.least is not None
         if not evicts:
-            everything = torch.arange(bucket, device=held.ids.device).repeat(batch, 1)
+            chosen = torch.arange(bucket, device=held.ids.device).repeat(batch, 1)
             held.evicted.fill_(False)
             starts = listing.rows.starts
-            outputs = self.blocks.run_whole(args, held.caches, listing.rows, everything, starts)
+            outputs = self.blocks.run_whole(args, held.caches, listing.rows, chosen, starts)
             return listed, listing, outputs
         at_cut, before, frontier = self.blocks.run_prefix(
             args, held.caches, listing.rows, listing.masked

@@ -229,7 +229,8 @@ def grouped_product(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
 def _why_no_ends(ends: Any, order: str, experts: sympy.Expr) -> str:
     """Empty if `ends` are where the rows of each of the experts end in that order."""
     total = _uncast(ends)
-    if _name(total) != "cumsum" or len(shape_of(total)) != 1:
+    exact = total is not None and fake_of(total).dtype in _HOLD_EXPERTS
+    if _name(total) != "cumsum" or len(shape_of(total)) != 1 or not exact:
         return "their ends are no cumulative sum"
     histogram = _uncast(_source(total))
     if _name(histogram) != "histc":

@@ -358,6 +358,21 @@ def _gather(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     demands.need_rows(arg(node, 2), axes)
 
 
+def _scatter(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    """scatter(base, axis, index, values or a number): within each row."""
+    base, axis, index, values = node.args[:4]
+    assert isinstance(axis, int)
+    _forbid(demands, axes, [position(axis, _rank(node))], "scatters along")
+    for operand in (index, values):
+        if not isinstance(operand, fx.Node):
+            continue
+        shape, out_shape = shape_of(operand), shape_of(node)
+        if any(shape[f.axis] != out_shape[f.axis] for f in _factors(axes)):
+            demands.refuse("scatters from a value with other rows")
+        demands.need_rows(operand, axes)
+    demands.need_rows(base, axes)
+
+
 def _index_select(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     axis = position(int(arg(node, 1)), _rank(node))
     _forbid(demands, axes, [axis], "indexes")
@@ -441,6 +456,7 @@ _RULES: dict[str, Rule] = {
     "unbind": _unbind,
     "getitem": _getitem,
     "gather": _gather,
+    "scatter": _scatter,
     "index_select": _index_select,
     "pad": _pad,
     "constant_pad_nd": _pad,

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from transformers import DynamicCache, StaticCache
 
 import focus_compile
 from focus_compile.block_diffusion import dispatch
@@ -99,7 +101,7 @@ def test_the_delayed_cache_decodes_as_the_oracle(name: str, batch: int) -> None:
     assert sum(record.rows for record in history) < batch * len(history) * 3 * B
 
 
-@pytest.mark.parametrize("policy", ["delayed-cache", "focus-evict"])
+@pytest.mark.parametrize("policy", ["delayed-cache", "focus-evict", "block-diffusion"])
 def test_rows_of_finished_blocks_are_those_of_the_model(policy: str) -> None:
     """Exactly committed, whatever was evicted; and more blocks than the caches first hold."""
     model = decoder("qwen3")
@@ -114,6 +116,32 @@ def test_rows_of_finished_blocks_are_those_of_the_model(policy: str) -> None:
 
     decode(focus, prompts(2), dispatch.SPARE_BLOCKS + 4, best(3), see)
     assert max(error for _, error in calls) < 1e-4
+
+
+def test_whole_blocks_are_exact() -> None:
+    model = decoder("llama")
+    focus = compiled(model, policy="block-diffusion", **OPTIONS)
+
+    def see(ids: Tensor, logits: Tensor) -> None:
+        torch.testing.assert_close(logits, call(model, ids), rtol=1e-3, atol=1e-3)
+
+    with focus_compile.record() as history:
+        decode(focus, prompts(2, seed=1), 3, best(3), see)
+    assert [record.program for record in history].count("step") >= 6
+
+
+@pytest.mark.parametrize("cache", ["default", "dynamic", "static"])
+def test_a_model_with_its_own_cache_is_told_how_to_be_called(cache: str) -> None:
+    model = decoder("qwen3")
+    ids = torch.cat([prompts(1), torch.full((1, B), MASK)], 1)
+    mask, named = block_causal_mask(ids.shape[1], B), {}
+    if cache == "dynamic":
+        named["past_key_values"] = DynamicCache(config=model.config)
+    if cache == "static":
+        named["past_key_values"] = StaticCache(config=model.config, max_cache_len=ids.shape[1])
+    focus = compiled(model, policy="focus-evict", **OPTIONS)
+    with pytest.raises(BackendCompilerFailed, match="use_cache=False"), torch.no_grad():
+        focus(ids, attention_mask=mask, **named)
 
 
 def test_an_evicted_row_keeps_its_token_and_loses_its_confidence() -> None:
@@ -233,7 +261,7 @@ def test_masks_that_are_not_block_causal(mask: Tensor, reason: str) -> None:
 def test_a_causal_model_without_a_mask_is_told_how_to_be_called() -> None:
     model = decoder("qwen3")
     ids = torch.cat([prompts(1), torch.full((1, B), MASK)], 1)
-    with pytest.raises(RefusalError, match="block-causal"):
+    with pytest.raises(BackendCompilerFailed, match="block-causal 4D attention mask"):
         call(compiled(model, policy="focus-evict", **OPTIONS), ids, attention_mask=None)
 
 
