@@ -121,7 +121,7 @@ def test_mode_and_options_together_are_torchs_own_error() -> None:
     [
         ({"options": {"windw": 3}}, "unknown option 'windw'; did you mean 'window'"),
         ({"options": {"window": 0}}, "option window=0 is not valid; expected a whole number >= 1"),
-        ({"mode": "reduce-overhead"}, "unknown mode 'reduce-overhead'; known: dual-cache"),
+        ({"mode": "reduce-overhead"}, "unknown mode 'reduce-overhead'; known: block-diffusion"),
     ],
 )
 def test_bad_options_are_named_at_the_first_call(arguments: Any, message: str) -> None:

@@ -321,7 +321,8 @@ class BatchGenerator:
 
     def _launch(self, key: Hashable, rows: int, work: Callable[[], T]) -> T:
         """Run work that depends on nothing but the state, as a CUDA graph where that pays."""
-        return self.graphs.run(key, work) if rows <= CAPTURED_ROWS else work()
+        given = None if self.decode_counts is None else self.decode_counts.data_ptr()
+        return self.graphs.run((key, given), work) if rows <= CAPTURED_ROWS else work()
 
     def _rows_of(self, slot: _Slot) -> int:
         whole = self.policy == "block-diffusion" or (
