@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,8 @@ def trace(
         return call(model, ids, mask, positions)
 
     try:
-        calls = _graphs_of(forward, config)
+        with _grouped_experts(model):
+            calls = _graphs_of(forward, config)
     finally:
         # Dynamo keeps what it compiled by the function's code, up to a limit; this is not called
         # again.
@@ -113,6 +115,21 @@ def trace(
         raise _refused(problem)
     arguments = [_light(value, mask) for value in arguments]
     return TracedModel(captured, pipeline, plan, arguments, config.block_length, max_length)
+
+
+@contextmanager
+def _grouped_experts(model: nn.Module) -> Iterator[None]:
+    """transformers' experts in a loop over those hit, which Dynamo cuts, as grouped products
+    while the model is traced: the same sums."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    loops = [c for c in configs.values() if getattr(c, "_experts_implementation", "") == "eager"]
+    for config in loops:
+        config._experts_implementation = "grouped_mm"
+    try:
+        yield
+    finally:
+        for config in loops:
+            config._experts_implementation = "eager"
 
 
 def _graphs_of(call: Callable[[], Tensor], config: FocusConfig) -> list[tuple[Any, list[Any]]]:

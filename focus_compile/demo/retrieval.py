@@ -3,7 +3,7 @@
 "needle" scatters sentences `The secret word of KEY is VALUE.` through the text, "table" puts all
 facts in one place as lines ` KEY is VALUE`. A right answer says `KEY is VALUE;` for each key asked.
 Keys and values are single tokens of the bundled model's vocabulary, so a value is right or wrong
-as a whole.
+as a whole. Each bundled model has words and a filler text of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args
 
-from focus_compile.demo import MODEL_PATH
+from focus_compile.demo import model_path
 from focus_compile.errors import OptionError
 
 Kind = Literal["needle", "table"]
@@ -52,11 +52,13 @@ def make(
     facts: int | None = None,
     response: int = 64,
     seed: int = 0,
+    model: str = "masked",
 ) -> Example:
     """One example whose prompt and response together are exactly `length` tokens.
 
     length: tokens of prompt and response. questions: how many facts are asked for. facts: how many
     the text holds, at most what fits; None draws a number. response: tokens left for the answer.
+    model: the bundled model that is asked, whose tokenizer it is.
     The same arguments always give the same example. Raises OptionError where the text cannot hold
     the facts asked for.
     """
@@ -66,10 +68,10 @@ def make(
     rng = random.Random(f"{seed}-{kind}-{length}-{questions}")
     fact = _FACT[kind]
     budget = length - response
-    fact_tokens = len(_tokens(tokenizer, fact.format("king", "happy")))
+    words, filler = _texts(model)
+    fact_tokens = len(_tokens(tokenizer, fact.format(*words[:2])))
     most = (budget - _FRAME_TOKENS - 2 * questions) // fact_tokens
     ceiling = max(questions, min(most, _MOST_FACTS[kind]))
-    words, filler = _texts()
     count = min(most, len(words), facts or rng.randint(questions, ceiling))
     if count < questions:
         raise OptionError(
@@ -100,10 +102,11 @@ def as_kind(name: str) -> Kind:
 
 
 @cache
-def _texts() -> tuple[list[str], str]:
+def _texts(model: str) -> tuple[list[str], str]:
     """The words that serve as keys and values, and the text that facts are hidden in."""
-    words = (MODEL_PATH / "words.txt").read_text(encoding="utf-8").split()
-    return words, (MODEL_PATH / "filler.txt").read_text(encoding="utf-8")
+    folder = model_path(model)
+    words = (folder / "words.txt").read_text(encoding="utf-8").split()
+    return words, (folder / "filler.txt").read_text(encoding="utf-8")
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:

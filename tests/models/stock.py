@@ -54,6 +54,11 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", "Qwen2ForCausalLM", _DECODER),
     "qwen3": ("Qwen3", "Qwen3ForCausalLM", {**_DECODER, "head_dim": 16}),
     "qwen3_moe": ("Qwen3Moe", "Qwen3MoeForCausalLM", {**_DECODER, **_EXPERTS, "head_dim": 16}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        "Qwen2MoeForCausalLM",
+        {**_DECODER, **_EXPERTS, "shared_expert_intermediate_size": 24},
+    ),
 }
 STOCK = tuple(_MODELS)
 
@@ -79,8 +84,8 @@ def build_stock(
     model = getattr(transformers, model_class)._from_config(
         config, attn_implementation=implementation
     )
-    if name == "qwen3_moe":
-        model.set_experts_implementation("batched_mm")
+    if name.endswith("_moe"):
+        model.set_experts_implementation("batched_mm")  # grouped_mm knows no float64
     _draw(model, torch.Generator().manual_seed(seed))
     model.to(dtype).eval()
     return model

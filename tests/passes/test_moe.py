@@ -120,12 +120,20 @@ ACCEPTED: dict[str, Hook] = {
         m, h,
         between=lambda x, order, e: F.layer_norm(x.view(-1, 2, 4).softmax(-1).flatten(1), (8,)),
     ),
+    "experts of the best group": lambda m, h, i: group_limited(m, h),
     "sorted by norm and back": lambda m, h, i: sorted_by_norm(m, h, inverse_of),
     "features picked": lambda m, h, i: h + h[..., [3, 1, 2, 0, 5, 4, 7, 6]],
     "repeated and averaged": lambda m, h, i: (
         h + m.mix(h.reshape(-1, HIDDEN).repeat_interleave(3, 0)).view(*h.shape[:2], 3, -1).mean(2)
     ),
 }  # fmt: skip
+
+
+def group_limited(model: Any, hidden: Tensor) -> Tensor:
+    scores = model.mix(hidden).sigmoid()
+    groups = scores.view(*hidden.shape[:2], 2, -1).amax(-1)
+    mask = torch.zeros_like(groups).scatter(-1, groups.topk(1, -1).indices, 1)
+    return hidden + scores * mask.repeat_interleave(EXPERTS // 2, -1)
 
 
 def sorted_by_norm(model: Any, hidden: Tensor, back: Any) -> Tensor:
@@ -173,6 +181,14 @@ def two_sorts(model: Any, hidden: Tensor) -> Tensor:
 REFUSED: dict[str, tuple[Hook, str]] = {
     "capacity": (lambda m, h, i: capacity_limited(m, h), "cumsum.default is not token-wise: works"),
     "experts choose tokens": (lambda m, h, i: expert_choice(m, h), "index_add.default"),
+    "scattered to tokens": (
+        lambda m, h, i: h + torch.zeros_like(h).scatter(1, h.argmax(1, keepdim=True), h[:, :1]),
+        "scatters along the token axis",
+    ),
+    "scattered from one token": (
+        lambda m, h, i: h.scatter(2, h[:, :1].argmax(-1, keepdim=True), 1.0),
+        "scatters from a value with other rows",
+    ),
     "load": (lambda m, h, i: load_balanced(m, h), "index.Tensor is not token-wise: needs every"),
     "not put back": (
         lambda m, h, i: mixture(m, h, leave=lambda x, order, k: x.view(-1, k, HIDDEN).sum(1)),
