@@ -150,6 +150,7 @@ def _analyse(
         vocabulary=0, logits=0, key_block=config.key_block, block_summary=config.block_summary,
         sink_tokens=config.sink_tokens, logits_rows=config.logits,
         merge_projections=_merges(captured, config), misses=tuple(matching.misses),
+        evict_layer=config.evict_layer if config.policy == "focus-evict" else None,
     )  # fmt: skip
     if found is None:
         return replace(empty, refusals=(_NO_IDS,))

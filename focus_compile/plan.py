@@ -156,6 +156,8 @@ class Plan:
     """Which rows a refresh returns: "all", or "response"."""
     merge_projections: bool = False
     """Whether the step's linear layers of one input become one."""
+    evict_layer: int | None = None
+    """The layer after whose keys and values rows leave, if some do."""
     key_costs: KeyCosts | None = None
     """What choosing keys and reading all would cost, where that was measured."""
     refusals: tuple[Refusal, ...] = ()
@@ -198,6 +200,7 @@ class Plan:
             "sink_tokens": self.sink_tokens,
             "logits_rows": self.logits_rows,
             "merge_projections": self.merge_projections,
+            "evict_layer": self.evict_layer,
             "key_costs": None if self.key_costs is None else self.key_costs.to_dict(),
             "inputs": [
                 {"position": item.position, "name": item.name, "role": item.role}
@@ -227,6 +230,10 @@ class Plan:
             shape = f"{site.heads}/{site.kv_heads} heads of {site.head_dim}"
             what = f"{site.region:<13} {site.spelling}, {shape}{mask}"
             lines.append(f"  layer {site.index:>2} {what}")
+        if self.evict_layer is not None and not self.refusals:
+            lines.append(
+                f"  rows: some leave after the keys and values of layer {self.evict_layer}"
+            )
         if self.key_costs is not None:
             lines.append(f"  keys: {self.key_costs}")
         if self.rows:

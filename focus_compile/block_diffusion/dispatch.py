@@ -32,6 +32,7 @@ from focus_compile.runtime.programs import Programs
 from focus_compile.runtime.self_check import rows_differ
 from focus_compile.runtime.store import Slot
 from focus_compile.runtime.trajectory import OwnedTrajectory, SeenWeights, current_stream
+from focus_compile.runtime.warm_up import WarmUp, asked_for
 
 __all__ = ["BlockDispatcher"]
 
@@ -131,6 +132,10 @@ class BlockDispatcher(Dispatcher):
         self.masks = {name: at[name] for name in mask_inputs(self.gm, plan)}
         self.tables = [at for at in plan.positions("guarded") if at not in self.masks.values()]
 
+    @property
+    def _compile_seconds(self) -> float:
+        return self.programs.compile_seconds + self.blocks.compile_seconds
+
     def _incremental(
         self, slot: Slot, args: Sequence[Any]
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
@@ -160,6 +165,10 @@ class BlockDispatcher(Dispatcher):
             held, outputs, entry = self._begin(call, args, f"new trajectory: {why}")
             if self._refused is not None:
                 return self._exact(args, self._refused)
+            prepared = asked_for()
+            if prepared is not None:
+                prepared.append(self._prepare(held, args))
+                return outputs, entry
         slot.trajectory = held
         return outputs, entry
 
@@ -272,6 +281,15 @@ class BlockDispatcher(Dispatcher):
         )
         keys = self._keys_read(length, None)
         return held, returned, {"program": "refresh", "why": why, "rows": ids.numel(), "keys": keys}
+
+    def _prepare(self, held: BlockTrajectory, args: Sequence[Any]) -> WarmUp:
+        """Run a step of each kind; the trajectory is of no use afterwards."""
+        compiled = self._compile_seconds
+        for least in (None, 1):
+            held.least = least
+            held.state.enter(held.ids[:, -self.block :], held.length - self.block)
+            self._step_rows(held, args, self.block, held.ids.shape[0] * self.block)
+        return WarmUp((self.block,), 0, self._compile_seconds - compiled)
 
     def _first_row(self, ids: Tensor) -> int:
         """The first row whose outputs are computed."""

@@ -67,7 +67,7 @@ class Dispatcher:
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
         started = time.perf_counter()
-        compiled = self.programs.compile_seconds
+        compiled = self._compile_seconds
         arguments = list(args)
         for at in self._inputs:
             arguments[at] = args[at].contiguous()
@@ -76,9 +76,14 @@ class Dispatcher:
         history = active_history()
         if history is not None:
             entry["milliseconds"] = (time.perf_counter() - started) * 1e3
-            entry["compile_seconds"] = self.programs.compile_seconds - compiled
+            entry["compile_seconds"] = self._compile_seconds - compiled
             history.append(StepRecord(**entry))
         return outputs
+
+    @property
+    def _compile_seconds(self) -> float:
+        """Spent on compiling programs so far."""
+        return self.programs.compile_seconds
 
     def _run(self, args: Sequence[Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         if self._refused is not None:

@@ -292,3 +292,23 @@ def test_compiled_by_inductor() -> None:
     found = decode(compiled(model, policy="delayed-cache", **options), ids, 2, best(4))
     eager = decode(compiled(model, policy="delayed-cache", **OPTIONS), ids, 2, best(4))
     assert torch.equal(found, eager)
+
+
+def test_it_can_be_warmed_up_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    model = decoder("llama")
+    ids = torch.cat([prompts(1), torch.full((1, B), MASK)], 1)
+    focus = compiled(model, policy="focus-evict", **OPTIONS)
+    named = {"attention_mask": block_causal_mask(ids.shape[1], B), "use_cache": False}
+    [prepared] = focus_compile.warmup(focus, ids, **named)
+    assert prepared.buckets == (B,)
+    with focus_compile.record() as history, torch.no_grad():
+        logits = focus(ids, **named).logits
+    assert history[0].program == "refresh"
+    torch.testing.assert_close(logits, call(model, ids), rtol=1e-3, atol=1e-3)
+    options = {"policy": "focus-evict", "mask_token_id": MASK, "block_length": B}
+
+    def whole(ids: Tensor) -> Tensor:
+        return call(model, ids)
+
+    focus_compile.explain(whole, ids, **options)
+    assert "some leave after the keys and values of layer 1" in capsys.readouterr().out
