@@ -34,8 +34,8 @@ def call(model: Any, ids: Tensor, **changed: Any) -> Tensor:
     """Logits [batch, tokens, vocabulary] of the cache-free form."""
     batch, length = ids.shape
     inputs = {
-        "attention_mask": block_causal_mask(length, B).expand(batch, -1, -1, -1),
-        "position_ids": torch.arange(length).expand(batch, -1),
+        "attention_mask": block_causal_mask(length, B, ids.device).expand(batch, -1, -1, -1),
+        "position_ids": torch.arange(length, device=ids.device).expand(batch, -1),
     } | changed
     with torch.no_grad():
         logits: Tensor = model(ids, **inputs, use_cache=False).logits
@@ -63,12 +63,12 @@ def decode(
 ) -> Tensor:
     """Append and decode blocks; `see` is given the ids and logits of every call."""
     for _ in range(blocks):
-        ids = torch.cat([ids, torch.full((ids.shape[0], B), MASK)], 1)
+        ids = torch.cat([ids, torch.full((ids.shape[0], B), MASK).to(ids)], 1)
         while (masked := ids[:, -B:] == MASK).any():
             logits = call(model, ids)
             if see is not None:
                 see(ids, logits)
-            last = logits[:, -B:].float().index_fill(-1, torch.tensor([MASK]), -torch.inf)
+            last = logits[:, -B:].float().index_fill(-1, ids.new_tensor([MASK]), -torch.inf)
             confidence, token = last.softmax(-1).max(-1)
             chosen = choose(confidence.masked_fill(~masked, -1.0), masked)
             ids = torch.cat([ids[:, :-B], torch.where(chosen, token, ids[:, -B:])], 1)
@@ -76,7 +76,9 @@ def decode(
 
 
 def prompts(batch: int, seed: int = 0, length: int = 2 * B) -> Tensor:
-    return torch.randint(1, MASK, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        1, MASK, (batch, length), generator=torch.Generator().manual_seed(seed), device="cpu"
+    )
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -1,0 +1,52 @@
+"""On a CUDA device: the same tokens as on the CPU, with kernels, Inductor and CUDA graphs.
+
+pytest -m gpu tests/block_diffusion/test_gpu.py
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from focus_compile.block_diffusion.batch_generator import BatchGenerator
+from tests.block_diffusion.test_dispatch import OPTIONS, B, best, call, decode, prompts
+from tests.block_diffusion.tiny import MASK, MAX_LENGTH, decoder, generate, generator, oracle
+from tests.compiled import compiled
+
+pytestmark = pytest.mark.gpu
+PROMPTS = [[3, 1, 4, 1, 5], list(range(1, 17)), [7] * 9, list(range(5, 28))]
+
+
+@pytest.mark.parametrize("policy", ["block-diffusion", "delayed-cache", "focus-evict"])
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_a_batch_decodes_as_on_the_cpu(policy: str, lowering: str) -> None:
+    """Twice, so that the second time replays what the first one captured."""
+    model = decoder("qwen3")
+    options = {"block_length": 8, "policy": policy, "threshold": 0.6}
+    expected = [done.tokens for done in generate(generator(model, **options), PROMPTS, 16)]
+    judge = oracle(model, **options)
+    clear = [judge.generate(prompt, max_new_tokens=16).clear for prompt in PROMPTS]
+    made = BatchGenerator(
+        copy.deepcopy(model).cuda(), max_length=MAX_LENGTH, max_batch=2, mask_token_id=MASK,
+        lowering=lowering, evict_if_faster=False, **options,
+    )  # fmt: skip
+    for _ in range(2):
+        found = [done.tokens for done in generate(made, PROMPTS, 16)]
+        for ours, theirs, sure in zip(found, expected, clear, strict=True):
+            assert ours == theirs or not sure
+    assert made.graphs.captured
+    assert any(clear)
+
+
+@pytest.mark.parametrize("policy", ["delayed-cache", "focus-evict"])
+def test_a_caller_s_loop_keeps_finished_blocks_exact(policy: str) -> None:
+    model = copy.deepcopy(decoder("llama")).cuda()
+    focus = compiled(model, policy=policy, **OPTIONS)
+
+    def see(ids: torch.Tensor, logits: torch.Tensor) -> None:
+        dense = call(model, ids)
+        torch.testing.assert_close(logits[:, :-B], dense[:, :-B], rtol=2e-3, atol=2e-3)
+
+    decode(focus, prompts(2).cuda(), 3, best(2), see)
