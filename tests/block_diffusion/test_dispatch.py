@@ -85,22 +85,26 @@ def prompts(batch: int, seed: int = 0, length: int = 2 * B) -> Tensor:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_delayed_cache_decodes_as_the_oracle(name: str, batch: int) -> None:
     model = decoder(name)
-    ids = prompts(batch)
     focus = compiled(model, policy="delayed-cache", **OPTIONS)
-    with focus_compile.record() as history:
-        found = decode(focus, ids, 3, at_least(0.6))
     judge = oracle(model, block_length=B, policy="delayed-cache", threshold=0.6, max_length=64)
     compared = 0
-    for prompt, whole in zip(ids.tolist(), found.tolist(), strict=True):
-        run = judge.generate(prompt, max_new_tokens=3 * B)
-        if run.clear:
-            compared += 1
-            assert whole[2 * B :] == run.tokens
-    assert compared
-    programs = [record.program for record in history]
-    assert programs.count("refresh") <= 2, "a graph for one length, and one for all"
-    assert programs.count("exact") == 0
-    assert sum(record.rows for record in history) < batch * len(history) * 3 * B
+    for seed in range(8):  # until some choices are clear
+        ids = prompts(batch, seed)
+        with focus_compile.record() as history:
+            found = decode(focus, ids, 3, at_least(0.6))
+        for prompt, whole in zip(ids.tolist(), found.tolist(), strict=True):
+            run = judge.generate(prompt, max_new_tokens=3 * B)
+            if run.clear:
+                compared += 1
+                assert whole[2 * B :] == run.tokens
+        programs = [record.program for record in history]
+        # A graph for one length, and one for all.
+        assert programs.count("refresh") <= 2
+        assert programs.count("exact") == 0
+        assert sum(record.rows for record in history) < batch * len(history) * 3 * B
+        if compared:
+            return
+    raise AssertionError("no run was clear")
 
 
 @pytest.mark.parametrize("policy", ["delayed-cache", "focus-evict", "block-diffusion"])
