@@ -1,5 +1,5 @@
 # make setup   an environment in .venv with torch and this package
-# make demo    dense against focus on the bundled model
+# make demo    dense against focus on the bundled model; POLICY=focus-evict: on the block model
 # make test    every test that needs no GPU
 # make lint    ruff and mypy
 
@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 demo: setup
-	$(BIN)/python -m focus_compile demo $(DEMO_FLAGS)
+	$(BIN)/python -m focus_compile demo $(if $(POLICY),--policy $(POLICY)) $(DEMO_FLAGS)
 
 # One thread a worker: the workers already use the cores.
 test: setup

@@ -6,16 +6,21 @@ Commands import torch and transformers only when they run, so that `--help` is q
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from focus_compile.errors import FocusError, OptionError
+
+if TYPE_CHECKING:
+    from focus_compile.demo.evict_showcase import EvictShowcaseSettings
 
 app = typer.Typer(
     name="focus-compile",
@@ -26,43 +31,98 @@ app = typer.Typer(
 
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result here.")]
 LengthOption = Annotated[int, typer.Option(min=1, help="Tokens of prompt and response together.")]
-GenLengthOption = Annotated[int, typer.Option(min=1, help="Tokens to decode, one a call.")]
 BlockLengthOption = Annotated[int, typer.Option(min=1, help="Tokens per decode block.")]
-QuestionsOption = Annotated[int, typer.Option(min=1, help="Facts asked for in a question.")]
+QuestionsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Facts asked for in a question; 4, or 12 with focus-evict."),
+]
+AlphaOption = Annotated[
+    float, typer.Option(help="focus-evict: rows kept for each token decoded in a step.")
+]
+ThresholdOption = Annotated[
+    float | None,
+    typer.Option(help="focus-evict: decode all that is at least so probable."),
+]
+
+EVICTION = ("focus-evict", "delayed-cache", "block-diffusion")
+BLOCK_LENGTH = 32
 SeedOption = Annotated[int, typer.Option(help="Seed of the (first) question.")]
 
 
 @app.command("demo")
 def demo_command(
-    length: LengthOption = 2048,
-    gen_length: GenLengthOption = 64,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of prompt and response together; 2048, or 1024 with focus-evict.",
+        ),
+    ] = None,
+    gen_length: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 64,
     block_length: BlockLengthOption = 32,
     policy: Annotated[
-        str, typer.Option(help="focus-dllm, dual-cache, prefix-cache or exact.")
+        str,
+        typer.Option(help="focus-dllm, dual-cache, prefix-cache, exact; or focus-evict."),
     ] = "focus-dllm",
     keep_ratio: Annotated[
         float, typer.Option(help="Share of the prompt's key blocks that sparse layers read.")
     ] = 0.5,
     kind: Annotated[str, typer.Option(help="Question: needle or table.")] = "needle",
     seed: SeedOption = 0,
-    questions: QuestionsOption = 4,
+    questions: QuestionsOption = None,
+    alpha: AlphaOption = 1.5,
+    batch: Annotated[
+        int, typer.Option(min=1, help="focus-evict: questions decoded side by side.")
+    ] = 8,
+    tokens_per_step: Annotated[
+        int, typer.Option(min=1, help="focus-evict: tokens of each sequence decoded a step.")
+    ] = 2,
+    threshold: ThresholdOption = None,
+    lowering: Annotated[
+        str, typer.Option(help="focus-evict: inductor, or eager without compilation.")
+    ] = "inductor",
     json_file: JsonOption = None,
 ) -> None:
-    """Decode one long question with the bundled model, dense against focus."""
+    """Decode long questions with a bundled model: dense against focus.
+
+    With --policy focus-evict: the block-diffusion model, whole blocks and the delayed cache against
+    token eviction.
+    """
     with _plain_errors():
         _check_writable(json_file)
         _quiet_transformers()
-        from focus_compile.demo import retrieval, showcase
+        from focus_compile.demo import retrieval
+
+        kind = retrieval.as_kind(kind)
+        if policy in EVICTION:
+            from focus_compile.demo import evict_showcase
+
+            _check_blocks(block_length)
+            evicting = evict_showcase.EvictShowcaseSettings(
+                length=length or 1024,
+                gen_length=gen_length,
+                batch=batch,
+                questions=questions or 12,
+                kind=kind,
+                alpha=alpha,
+                tokens_per_step=tokens_per_step if threshold is None else None,
+                threshold=1.0 if threshold is None else threshold,
+                seed=seed,
+                lowering=lowering,
+            )
+            _demo_of_eviction(evicting, json_file)
+            return
+        from focus_compile.demo import showcase
 
         settings = showcase.ShowcaseSettings(
-            length=length,
+            length=length or 2048,
             gen_length=gen_length,
             block_length=block_length,
             policy=policy,
             keep_ratio=keep_ratio,
-            kind=retrieval.as_kind(kind),
+            kind=kind,
             seed=seed,
-            questions=questions,
+            questions=questions or 4,
         )
         console = Console()
         result = showcase.run(settings, console)
@@ -72,52 +132,122 @@ def demo_command(
         _write(json_file, result.to_dict())
 
 
+def _demo_of_eviction(settings: EvictShowcaseSettings, json_file: Path | None) -> None:
+    from focus_compile.demo import evict_showcase
+
+    console = Console()
+    result = evict_showcase.run(settings, console)
+    console.print(evict_showcase.table(result))
+    same = "the same answers" if result.same_answers else "answers that differ"
+    plain, *_, evicting = result.arms.values()
+    rows = plain.kept_rows_per_token / evicting.kept_rows_per_token
+    console.print(
+        f"focus-evict: {same}, {rows:.1f} times fewer rows past the cut than block diffusion, "
+        f"{plain.seconds / evicting.seconds:.1f} times as fast"
+    )
+    _write(json_file, result.to_dict())
+
+
 @app.command("fidelity")
 def fidelity_command(
     length: LengthOption = 1024,
     examples: Annotated[int, typer.Option(min=1, help="Questions of each kind.")] = 16,
     batch: Annotated[int, typer.Option(min=1, help="Questions decoded side by side.")] = 8,
-    gen_length: GenLengthOption = 64,
+    gen_length: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 64,
     block_length: BlockLengthOption = 32,
-    questions: QuestionsOption = 4,
+    policy: Annotated[
+        str, typer.Option(help="focus-dllm: all of its arms; focus-evict: those of eviction.")
+    ] = "focus-dllm",
+    questions: QuestionsOption = None,
     seed: SeedOption = 0,
+    alpha: AlphaOption = 1.5,
+    tokens_per_step: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="focus-evict: tokens of each sequence decoded a step; 1 and 4."),
+    ] = None,
+    threshold: ThresholdOption = None,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda.")] = "cpu",
     lowering: Annotated[
         str, typer.Option(help="inductor, or eager: slower calls without compilation.")
     ] = "inductor",
     json_file: JsonOption = None,
 ) -> None:
-    """Count the answers that each policy keeps, and how well focus rows are predicted."""
+    """Count the answers that each policy keeps, and how well focus rows are predicted.
+
+    With --policy focus-evict: what token eviction costs the block-diffusion model, beside random
+    eviction.
+    """
     with _plain_errors():
         _check_writable(json_file)
         _quiet_transformers()
-        from focus_compile.demo import fidelity, retrieval
+        from focus_compile.demo import evict_fidelity, fidelity, retrieval
 
+        each = len(retrieval.KINDS) * examples
+        if policy in EVICTION:
+            _check_blocks(block_length)
+            evicting = evict_fidelity.EvictFidelitySettings(
+                length=length,
+                examples=examples,
+                batch=batch,
+                gen_length=gen_length,
+                questions=questions or 12,
+                alpha=alpha,
+                tokens_per_step=tuple(tokens_per_step or (1, 4)),
+                threshold=threshold,
+                seed=seed,
+                device=device,
+                lowering=lowering,
+            )
+            total = len(evict_fidelity.arms(evicting)) * len(evict_fidelity.rules(evicting)) * each
+            steps = partial(evict_fidelity.run, evicting)
+            _show_arms(steps, evict_fidelity.table, total, json_file)
+            return
+        if policy != "focus-dllm":
+            raise OptionError.unknown(policy, ("focus-dllm", *EVICTION), kind="policy")
         settings = fidelity.FidelitySettings(
             length=length,
             examples=examples,
             batch=batch,
             gen_length=gen_length,
             block_length=block_length,
-            questions=questions,
+            questions=questions or 4,
             seed=seed,
             device=device,
             lowering=lowering,
         )
-        console = Console()
-        each = len(retrieval.KINDS) * examples
-        with _answers_bar(console) as bar:
-            task = bar.add_task("dense", total=len(fidelity.arms(settings)) * each)
+        total = len(fidelity.arms(settings)) * each
+        _show_arms(partial(fidelity.run, settings), fidelity.table, total, json_file)
 
-            def advance(arm: str, answers: int) -> None:
-                bar.update(task, advance=answers, description=arm)
 
-            for result in fidelity.run(settings, advance):
-                _write(json_file, result.to_dict())
-                if not console.is_terminal:
-                    arm = list(result.scores)[-1]
-                    console.print(f"{arm}: {each} answers")
-        console.print(fidelity.table(result))
+def _show_arms(
+    run: Callable[[Callable[[str, int], object]], Iterator[Any]],
+    table: Callable[[Any], Table],
+    total: int,
+    json_file: Path | None,
+) -> None:
+    """Follow a fidelity run arm by arm; its results file is written after each."""
+    console = Console()
+    answered: dict[str, int] = {}
+    with _answers_bar(console) as bar:
+        task = bar.add_task("", total=total)
+
+        def advance(arm: str, answers: int) -> None:
+            answered[arm] = answered.get(arm, 0) + answers
+            bar.update(task, advance=answers, description=arm)
+
+        for result in run(advance):
+            _write(json_file, result.to_dict())
+            if not console.is_terminal:
+                arm, answers = list(answered.items())[-1]
+                console.print(f"{arm}: {answers} answers")
+    console.print(table(result))
+
+
+def _check_blocks(block_length: int) -> None:
+    if block_length != BLOCK_LENGTH:
+        raise OptionError.invalid(
+            "block_length", block_length, f"{BLOCK_LENGTH}, as the bundled model was trained"
+        )
 
 
 def _answers_bar(console: Console) -> Progress:

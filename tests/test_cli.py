@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from focus_compile.cli import app
-from focus_compile.demo import fidelity, showcase
+from focus_compile.demo import evict_fidelity, evict_showcase, fidelity, showcase
 from focus_compile.errors import RefusalError
 
 runner = CliRunner()
@@ -88,9 +88,84 @@ def test_fidelity_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert json.loads(file.read_text())["arms"][0]["needle"]["right"] == 3
 
 
+def test_demo_of_eviction(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def run(
+        settings: evict_showcase.EvictShowcaseSettings, console: Console
+    ) -> evict_showcase.EvictShowcaseResult:
+        seen.append(settings)
+        arms = {
+            arm.name: evict_showcase.EvictArmResult(12, 12, 33, 16.0, rows, rows, 9.0, 5.0)
+            for arm, rows in zip(settings.arms(), (16.0, 12.0, 4.0), strict=True)
+        }
+        return evict_showcase.EvictShowcaseResult(arms, same_answers=True, settings={})
+
+    monkeypatch.setattr(evict_showcase, "run", run)
+    file = tmp_path / "demo.json"
+    result = runner.invoke(app, ["demo", "--policy", "focus-evict", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "the same answers, 4.0 times fewer rows" in result.output
+    options = "--length 512 --batch 2 --alpha 2 --threshold 0.9 --kind table --questions 3 --seed 1"
+    result = runner.invoke(app, ["demo", "--policy", "focus-evict", *options.split()])
+    assert result.exit_code == 0, result.output
+    assert seen == [
+        evict_showcase.EvictShowcaseSettings(threshold=1.0),
+        evict_showcase.EvictShowcaseSettings(
+            length=512,
+            batch=2,
+            alpha=2.0,
+            tokens_per_step=None,
+            threshold=0.9,
+            kind="table",
+            questions=3,
+            seed=1,
+        ),
+    ]
+    assert json.loads(file.read_text())["arms"]["focus-evict"]["kept_rows_per_token"] == 4
+
+
+def test_fidelity_of_eviction(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    score = evict_fidelity.EvictScore(3, 4, 0.75, 1.0, 1.0, 9, 2.0, 1.0, 1.0, 1.0)
+
+    def run(settings: Any, advance: Any) -> Iterator[evict_fidelity.EvictFidelityResult]:
+        seen.append(settings)
+        arms = evict_fidelity.arms(settings)
+        found: dict[str, Any] = {}
+        for arm in arms:
+            advance(arm.name, 2 * settings.examples)
+            found = found | {arm.name: dict.fromkeys(("needle", "table"), score)}
+            yield evict_fidelity.EvictFidelityResult(
+                {"1 a step": found},
+                {},
+                {arm.name: arm.options() for arm in arms},
+                {"length": 320},
+            )
+
+    monkeypatch.setattr(evict_fidelity, "run", run)
+    file = tmp_path / "fidelity.json"
+    options = "--length 320 --examples 2 --tokens-per-step 1 --threshold .99 --alpha 2"
+    result = runner.invoke(
+        app, ["fidelity", "--policy", "focus-evict", *options.split(), "--json", str(file)]
+    )
+    assert result.exit_code == 0, result.output
+    assert seen == [
+        evict_fidelity.EvictFidelitySettings(
+            length=320, examples=2, tokens_per_step=(1,), threshold=0.99, alpha=2.0
+        )
+    ]
+    assert "random α=2: 4 answers" in result.output
+    assert json.loads(file.read_text())["rules"]["1 a step"][0]["needle"]["right"] == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("demo --policy focus-evict --block-length 16", "block_length=16"),
+        ("demo --policy focus-evict --length 1000", "length=1000"),
+        ("fidelity --policy focus-evict --threshold 2", "threshold=2.0"),
+        ("fidelity --policy focus-evic", "did you mean 'focus-evict'"),
         ("demo --policy focus-dlm", "did you mean 'focus-dllm'"),
         ("demo --kind tabel", "did you mean 'table'"),
         ("demo --keep-ratio 2", "keep_ratio=2.0"),

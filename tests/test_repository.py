@@ -51,4 +51,5 @@ def test_every_bundled_file_is_packaged() -> None:
     assert config["tool"]["setuptools"]["package-data"] == {
         "focus_compile": ["py.typed"],
         "focus_compile.demo.tiny_dllm": ["*"],
+        "focus_compile.demo.tiny_block": ["*"],
     }

@@ -268,6 +268,16 @@ class BatchGenerator:
         while self.pending:
             yield from self.step()
 
+    def partial(self, request: int) -> list[int]:
+        """The response so far of a request that is decoding, masks where its block is undecided;
+        empty for others."""
+        for at, slot in enumerate(self._slots):
+            if slot is None or slot.request.number != request:
+                continue
+            block = [] if slot.phase == COMMIT else self.state.tokens[at].tolist()[slot.given :]
+            return (slot.request.tokens + block)[: slot.request.limit]
+        return []
+
     @torch.no_grad()
     def step(self) -> list[Completion]:
         """Admit what waits, compute one step for all sequences, and return what it completed."""

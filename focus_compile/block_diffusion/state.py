@@ -129,11 +129,11 @@ class BlockState:
             real = torch.arange(rows, device=flat.device) < starts[-1]
         index = listing.index[flat]
         kept = self._spread(index, real, real, False)
-        ids = listing.rows.row_ids.flatten()[flat]
+        listed = listing.rows
         row_list = self._row_list(
-            index, real, ids, listing.rows.owners, starts, self._visible(kept)
+            index, real, listed.row_ids, listed.owners, starts, self._visible(kept)
         )
-        row_list = replace(row_list, rows=listing.rows.rows)
+        row_list = replace(row_list, rows=listed.rows)
         return Listing(row_list, index, real, listing.masked[flat] & real), chosen
 
     def _list(self, listed: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
