@@ -142,7 +142,7 @@ def test_a_refused_plan_prints_reason_place_and_remedy() -> None:
     assert first == "plan: exact program (refused)"
     assert second.startswith("  refused: causal attention [")
     assert "attention.py:" in second
-    assert second.endswith("focus_compile is for bidirectional ones.")
+    assert second.endswith('(policy="focus-evict").')
     assert plan.to_dict()["accepted"] is False
 
 
