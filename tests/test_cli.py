@@ -96,7 +96,7 @@ def test_demo_of_eviction(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     ) -> evict_showcase.EvictShowcaseResult:
         seen.append(settings)
         arms = {
-            arm.name: evict_showcase.EvictArmResult(12, 12, 33, 16.0, rows, rows, 9.0, 5.0)
+            arm.name: evict_showcase.EvictArmResult(12, 12, 33, 16.0, rows, rows, 1.0, 9.0, 5.0)
             for arm, rows in zip(settings.arms(), (16.0, 12.0, 4.0), strict=True)
         }
         return evict_showcase.EvictShowcaseResult(arms, same_answers=True, settings={})

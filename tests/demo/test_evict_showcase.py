@@ -22,7 +22,7 @@ ARMS = ["block-diffusion", "delayed-cache", "focus-evict"]
 def result() -> EvictShowcaseResult:
     rows = {"block-diffusion": 16.5, "delayed-cache": 12.25, "focus-evict": 4.0}
     arms = {
-        name: EvictArmResult(95, 96, 33, kept, kept, kept, 20.0, 10.0)
+        name: EvictArmResult(95, 96, 33, kept, kept, kept, 1.0, 20.0, 10.0)
         for name, kept in rows.items()
     }
     return EvictShowcaseResult(arms=arms, same_answers=True, settings={"length": 1024})
