@@ -9,6 +9,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 
 TORCH = str(Path(torch.__file__).parent)
@@ -104,5 +105,6 @@ def fake_result(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | Non
     values = fx.map_arg(args, lambda n: n.meta["val"])
     named = fx.map_arg(kwargs or {}, lambda n: n.meta["val"])
     mode = detect_fake_mode(list(values))
-    with mode or contextlib.nullcontext():
+    # C++ composites of torch 2.11 (linear) ask symbolic tensors for plain sizes without it.
+    with mode or contextlib.nullcontext(), enable_python_dispatcher():
         return target(*values, **named)
