@@ -7,16 +7,21 @@ Arms: plain block diffusion, the delayed cache, and eviction (FOCUS, arXiv 2601.
 where it was measured to pay. All decode as many tokens a step of each sequence, drawn from one
 distribution with the mean that the paper publishes (2 to 4 of 32), because random weights have no
 yields of their own: these are compute ratios, and say nothing about answers. An arm that computed
-fewer masked rows than were drawn decodes fewer, and pays with steps. The prompts are random; a
-sequence that ends is followed by the next one, and times are taken while all slots are full.
+fewer masked rows than were drawn decodes fewer, and pays with steps. The prompts are random, and no
+sequence ends while it is timed. One compiled model serves all arms and batches of a cell's block
+length and context; a generator has two slots at least, of which one stays idle at batch 1.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import math
+import re
 import statistics
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,10 +29,11 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from focus_compile.decode import BatchGenerator
+from focus_compile.block_diffusion.block_model import BlockModel
+from focus_compile.decode import BatchGenerator, BlockStep
 from focus_compile.demo import environment
 
 MASK = 0
@@ -49,6 +55,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+WARM = 48
+"""Steps before those that are timed, enough to try both ways in sizes that occur often."""
+PROFILED = 4
+KINDS = {
+    "attention": "_attend_share|_join_shares|ragged",
+    "selection": "_score_kernel|_sum_kernel|_select_kernel|_compact_kernel",
+    "matrix products": "gemm|nvjet|cutlass|cublas|splitK",
+}
+"""Kernels by what their names contain."""
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(width=160)
 
@@ -56,7 +72,9 @@ console = Console(width=160)
 @dataclass(frozen=True)
 class Row:
     """One arm on one cell. listed, kept: rows of a step, on average; processed: rows past the cut
-    for each decoded token (the paper's figure); ratio: tokens a second over the first arm's."""
+    for each decoded token (the paper's figure); ratio: tokens a second over the first arm's;
+    warmup_s: to compile what is not compiled yet and capture `graphs` CUDA graphs; device_ms: of a
+    step, by what its kernels do."""
 
     suite: str
     shape: str
@@ -64,16 +82,18 @@ class Row:
     block: int
     context: int
     arm: str
-    tokens_s: float
-    step_ms: float
-    decoded: float
-    listed: float
-    kept: float
-    processed: float
-    evicting: float
-    ratio: float
-    compile_s: float
-    peak_gib: float | None
+    tokens_s: float = 0.0
+    step_ms: float = 0.0
+    decoded: float = 0.0
+    listed: float = 0.0
+    kept: float = 0.0
+    processed: float = 0.0
+    evicting: float = 0.0
+    ratio: float = 0.0
+    warmup_s: float = 0.0
+    graphs: int = 0
+    peak_gib: float | None = None
+    device_ms: dict[str, float] = field(default_factory=dict)
     failed: str = ""
 
 
@@ -91,7 +111,7 @@ def build(shape: str, length: int, device: torch.device) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def drawn(batch: int, mean: float, device: torch.device, seed: int) -> torch.Tensor:
+def drawn(batch: int, mean: float, device: torch.device, seed: int) -> Tensor:
     """Tokens to decode of each sequence, int64 [batch]: 1 + a geometric number."""
     generator = torch.Generator().manual_seed(seed)
     share = torch.rand(batch, generator=generator)
@@ -99,30 +119,58 @@ def drawn(batch: int, mean: float, device: torch.device, seed: int) -> torch.Ten
     return (1 + more.clamp(max=15)).long().to(device)
 
 
-def measure(made: BatchGenerator, batch: int, context: int, steps: int, mean: float) -> list[Any]:
-    """Records of `steps` steps with all slots busy, after as many to warm up."""
+def all_drawn(batch: int, steps: int, mean: float, device: torch.device) -> list[Tensor]:
+    """The yields of all steps of an arm."""
+    return [drawn(batch, mean, device, seed) for seed in range(WARM + steps + PROFILED)]
+
+
+def room(batches: Sequence[int], block: int, steps: int, mean: float) -> int:
+    """Tokens that no sequence of these batches gets past: all yields, and blocks in progress."""
+    cpu = torch.device("cpu")
+    most = [int(sum(all_drawn(max(2, batch), steps, mean, cpu)).max()) for batch in batches]
+    return (math.ceil(max(most) / block) + 3) * block
+
+
+def fill(made: BatchGenerator, batch: int, context: int) -> None:
+    """Submit `batch` prompts, with room for responses as long as fit, and admit them."""
     random = torch.Generator().manual_seed(0)
-    device = made.state.tokens.device
-    made.decode_counts = torch.ones(batch, dtype=torch.int64, device=device)
-    room = made.max_length - context - made.block_length
+    tokens = made.max_length - context - made.block_length
     for _ in range(batch):
-        prompt = torch.randint(1, 500, (context,), generator=random)
-        made.submit(prompt, room)
-    made.step()  # admits all, which is not a step's time
-    for step in range(2 * steps):
-        made.decode_counts.copy_(drawn(batch, mean, device, step))
+        made.submit(torch.randint(1, 500, (context,), generator=random), tokens)
+    made.step()
+
+
+def steps_of(made: BatchGenerator, yields: Sequence[Tensor]) -> list[BlockStep]:
+    """Records of a step for each of the given yields."""
+    assert made.decode_counts is not None
+    for counts in yields:
+        made.decode_counts.copy_(counts)
         finished = made.step()
         assert not finished, "give the sequences more room"
-    return made.history[-steps:]
+    return made.history[-len(yields) :]
+
+
+def device_time(made: BatchGenerator, yields: Sequence[Tensor]) -> dict[str, float]:
+    """Milliseconds of kernels in a step on average, by `KINDS`; empty without a GPU."""
+    if made.state.tokens.device.type != "cuda":
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        steps_of(made, yields)
+    total = dict.fromkeys([*KINDS, "other"], 0.0)
+    for event in profile.key_averages():
+        kind = next((k for k, words in KINDS.items() if re.search(words, event.key)), "other")
+        total[kind] += event.self_device_time_total / 1e3 / len(yields)
+    return total
 
 
 def cell(
-    model: nn.Module, shape: str, batch: int, block: int, context: int, steps: int, mean: float,
-    arms: list[str], lowering: str,
+    compiled: BlockModel, shape: str, batch: int, context: int, steps: int, mean: float,
+    arms: list[str],
 ) -> list[Row]:  # fmt: skip
-    device = next(model.parameters()).device
-    length = context + block * (2 + round(4 * steps * mean / block))
+    device, block = compiled.device, compiled.block_length
     found: list[Row] = []
+    slots = max(2, batch)
+    yields = all_drawn(slots, steps, mean, device)
     for arm in arms:
         gc.collect()
         if device.type == "cuda":
@@ -130,33 +178,37 @@ def cell(
             torch.cuda.reset_peak_memory_stats()
         try:
             made = BatchGenerator(
-                model, block_length=block, max_length=length, max_batch=batch,
-                mask_token_id=MASK, lowering=lowering, merge_projections=batch * block <= 256,
+                compiled, block_length=block, max_length=compiled.max_length, max_batch=slots,
                 **ARMS[arm],
             )  # fmt: skip
-            steps_seen = measure(made, batch, context, steps, mean)
+            made.decode_counts = torch.ones(slots, dtype=torch.int64, device=device)
+            begun = time.perf_counter()
+            graphs = made.warmup()
+            warmup = time.perf_counter() - begun
+            fill(made, batch, context)
+            steps_of(made, yields[:WARM])
+            seen = steps_of(made, yields[WARM : WARM + steps])
+            on_device = device_time(made, yields[-PROFILED:])
         except torch.OutOfMemoryError as error:
             text = str(error).splitlines()[0][:120]
-            found.append(
-                Row("block", shape, batch, block, context, arm, *[0.0] * 8, 0.0, None, text)
-            )
+            found.append(Row("block", shape, batch, block, context, arm, failed=text))
             continue
-        seconds = sum(step.milliseconds for step in steps_seen) / 1e3
-        decoded = sum(step.decoded for step in steps_seen)
+        seconds = sum(step.milliseconds for step in seen) / 1e3
+        decoded = sum(step.decoded for step in seen)
+        kept = sum(step.kept for step in seen)
         rate = decoded / seconds
-        kept = sum(step.kept for step in steps_seen)
         peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
         found.append(
             Row(
                 "block", shape, batch, block, context, arm, rate,
-                statistics.median(step.milliseconds for step in steps_seen),
-                decoded / len(steps_seen),
-                statistics.mean(step.listed for step in steps_seen),
-                kept / len(steps_seen),
+                statistics.median(step.milliseconds for step in seen),
+                decoded / len(seen),
+                statistics.mean(step.listed for step in seen),
+                kept / len(seen),
                 kept / max(1, decoded),
-                statistics.mean(step.evicting for step in steps_seen),
+                statistics.mean(step.evicting for step in seen),
                 rate / found[0].tokens_s if found and found[0].tokens_s else 1.0,
-                made.programs.compile_seconds, peak,
+                warmup, graphs, peak, on_device,
             )
         )  # fmt: skip
         console.print(found[-1])
@@ -181,10 +233,11 @@ def main(
     blocks: Annotated[str, typer.Option(help="Block lengths.")] = "32",
     contexts: Annotated[str, typer.Option(help="Prompt tokens.")] = "1024",
     arms: Annotated[str, typer.Option(help="Names of arms.")] = ",".join(ARMS),
-    steps: Annotated[int, typer.Option(help="Timed steps.")] = 24,
+    steps: Annotated[int, typer.Option(help="Timed steps.")] = 20,
     mean: Annotated[float, typer.Option(help="Tokens decoded per step and sequence.")] = 2.5,
     lowering: str = "inductor",
     device: str = "cuda",
+    merge_projections: bool = False,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Measure every cell by every arm; results are written after each cell."""
@@ -196,9 +249,18 @@ def main(
     where = environment.describe() | ({"device": torch.cuda.get_device_name()} if on_gpu else {})
     for context in sizes[2]:
         for block in sizes[1]:
+            begun = time.perf_counter()
+            made = BatchGenerator(
+                model, block_length=block, max_batch=2, mask_token_id=MASK, lowering=lowering,
+                max_length=context + room(sizes[0], block, steps, mean),
+                merge_projections=merge_projections,
+            )  # fmt: skip
+            compiled = made.model
+            del made
+            console.print(f"captured in {time.perf_counter() - begun:.1f} s")
             for batch in sizes[0]:
                 named = arms.split(",")
-                rows += cell(model, shape, batch, block, context, steps, mean, named, lowering)
+                rows += cell(compiled, shape, batch, context, steps, mean, named)
                 if json_file is not None:
                     result = {"environment": where, "mean": mean, "rows": [asdict(r) for r in rows]}
                     json_file.write_text(json.dumps(result, indent=2) + "\n")

@@ -6,21 +6,22 @@ import itertools
 import math
 import time
 from bisect import bisect_left
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from focus_compile.block_diffusion.programs import BlockPrograms, RowList
+from focus_compile.block_diffusion.block_model import BlockModel
+from focus_compile.block_diffusion.programs import RowList
 from focus_compile.block_diffusion.state import COMMIT, DECODE, IDLE, BlockState, Listing
 from focus_compile.block_diffusion.step_costs import StepCosts
-from focus_compile.block_diffusion.tracing import ModelCall, call_with_block_mask, trace
+from focus_compile.block_diffusion.tracing import ModelCall, call_with_block_mask
 from focus_compile.config import BLOCK_POLICIES, FocusConfig
-from focus_compile.errors import FocusError, OptionError, PassError, RefusalError
+from focus_compile.errors import FocusError, OptionError
 from focus_compile.fallback import warn_once
 from focus_compile.frontend import known_mask_token_id
 from focus_compile.kernels.confidence.op import confidence
@@ -46,6 +47,12 @@ def padded_rows(rows: int) -> int:
     if rows > LADDER[-1]:
         return math.ceil(rows / COARSE) * COARSE
     return LADDER[bisect_left(LADDER, rows)]
+
+
+def _scored_rows(undecided: int, rows: int) -> int:
+    """Rows of which a step of `rows` computes logits: few sizes, as each is a graph of its own."""
+    quarter = math.ceil(rows / 4)
+    return min(max(math.ceil(undecided / quarter), 1) * quarter, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +102,26 @@ class _Slot:
     undecided: int = 0
 
 
+@dataclass
+class _KeptRows:
+    """Rows that go on past the cut, in tensors that stay where they are: a suffix of so many rows
+    is one CUDA graph, however many were listed."""
+
+    _held: list[Tensor] = field(default_factory=list)
+
+    def hold(self, listing: Listing, frontier: Sequence[Tensor]) -> None:
+        values = [*listing.rows.inputs(), listing.index, listing.real, listing.masked, *frontier]
+        if not self._held:
+            self._held = [value.clone(memory_format=torch.contiguous_format) for value in values]
+            return
+        for held, value in zip(self._held, values, strict=True):
+            held.copy_(value)
+
+    def values(self) -> tuple[Listing, list[Tensor]]:
+        rows, flags = RowList(*self._held[:7]), self._held[7:10]
+        return Listing(rows, *flags), self._held[10:]
+
+
 class BatchGenerator:
     """Decodes many prompts with one block-diffusion model, a step for all of them at a time.
 
@@ -110,7 +137,7 @@ class BatchGenerator:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | BlockModel,
         *,
         block_length: int,
         max_length: int,
@@ -131,7 +158,9 @@ class BatchGenerator:
     ) -> None:
         """
         Args:
-            model: takes a block-causal mask [1, 1, tokens, tokens] (see `call`).
+            model: takes a block-causal mask [1, 1, tokens, tokens] (see `call`). Or the `model` of
+                another generator, to share what it compiled: of that are `cut`, `lowering`,
+                `merge_projections` and `call`, and `block_length`; `max_length` is at most its.
             block_length: B, tokens that are decoded together.
             max_length: tokens of the longest sequence, prompt and response; rounded up to blocks.
             max_batch: sequences that decode side by side; a K/V cache is held for each.
@@ -160,35 +189,29 @@ class BatchGenerator:
         self.policy, self.threshold, self.alpha, self.commit = policy, threshold, alpha, commit
         self.rank = rank
         self.block_length, self.max_batch = block_length, max_batch
-        if mask_token_id is None:
-            mask_token_id = known_mask_token_id(model)
+        known = model.mask_token_id if isinstance(model, BlockModel) else known_mask_token_id(model)
+        mask_token_id = known if mask_token_id is None else mask_token_id
         self._check(mask_token_id, max_length, cut)
         assert mask_token_id is not None
         self.eos = _token_ids(eos_token_id)
-        config = FocusConfig(
-            policy="delayed-cache", mask_token_id=mask_token_id, block_length=block_length,
-            lowering=lowering, cuda_graphs=cuda_graphs, merge_projections=merge_projections,
-        )  # fmt: skip
         self.max_length = math.ceil(max_length / block_length) * block_length
-        traced = trace(model, config, self.max_length, call)
-        layers = len(traced.plan.sites)
-        if cut >= layers:
-            raise OptionError.invalid("cut", cut, f"a layer from 1 to {layers - 1}")
-        try:
-            self.programs = BlockPrograms.build(
-                traced.captured, traced.pipeline, traced.plan, block_length, cut, lowering
-            )
-        except PassError as error:
-            raise RefusalError(f"focus_compile: no block-diffusion program: {error}") from None
-        self._arguments = traced.arguments
-        device = traced.arguments[traced.plan.ids.position].device
+        if isinstance(model, BlockModel):
+            model.check_shared(block_length, self.max_length)
+        else:
+            config = FocusConfig(
+                policy="delayed-cache", mask_token_id=mask_token_id, block_length=block_length,
+                lowering=lowering, cuda_graphs=cuda_graphs, merge_projections=merge_projections,
+            )  # fmt: skip
+            model = BlockModel.compile(model, config, self.max_length, cut, call)
+        self.model, device = model, model.device
+        self.programs, self._arguments = model.programs, model.arguments
         self.caches = self.programs.allocate(max_batch, self.max_length, device)
-        self.programs.merge(traced.arguments)
         self.state = BlockState.allocate(
             max_batch, block_length, self.max_length, mask_token_id, device
         )
         captures = cuda_graphs and device.type == "cuda"
         self.graphs = DeviceGraphs(captures, _no_graphs, device)
+        self._kept: defaultdict[int, _KeptRows] = defaultdict(_KeptRows)
         self.decode_counts: Tensor | None = None
         """int64 [max_batch]: decode so many tokens a step instead of by threshold (to measure with
         given yields)."""
@@ -308,26 +331,65 @@ class BatchGenerator:
         )  # fmt: skip
         return completed
 
+    @torch.no_grad()
+    def warmup(self) -> int:
+        """Compile every program, and capture every CUDA graph that a step can need; returns how
+        many are captured. What is not warmed up is made when a step first needs it.
+
+        Raises:
+            FocusError: requests are pending.
+        """
+        if self.pending:
+            raise FocusError("BatchGenerator.warmup: requests are pending; call it before submit")
+        most = padded_rows(self.max_batch * self.block_length)
+        all_sizes = [most] if self.policy == "block-diffusion" else LADDER
+        sizes = [rows for rows in all_sizes if rows <= min(most, CAPTURED_ROWS)]
+        # The first run of each compiles, the second one captures; idle slots list no rows.
+        for rows in sizes or [most]:
+            for scored in {_scored_rows(part, rows) for part in range(1, rows + 1)}:
+                for _ in range(2):
+                    self._launch_whole(rows, scored)
+            for kept in sizes if self._may_evict else ():
+                for _ in range(2 if kept <= rows else 0):
+                    self._launch_leaving(rows, kept)
+        return self.graphs.captured
+
+    @property
+    def _may_evict(self) -> bool:
+        return self.policy == "focus-evict" and not math.isinf(self.alpha)
+
     def _compute(self) -> tuple[int, int, bool]:
         """Run the step's programs; (rows listed, rows past the cut, whether some could leave)."""
         working = [slot for slot in self._slots if slot is not None]
         listed = sum(map(self._rows_of, working))
         undecided = sum(slot.undecided for slot in working if slot.phase == DECODE)
         rows = padded_rows(listed)
-        evicts = self.policy == "focus-evict" and not math.isinf(self.alpha) and undecided > 0
+        evicts = self._may_evict and undecided > 0
         if evicts and self.costs is not None:
             evicts = self.costs.evict(rows)
         if not evicts:
-            wanted = min(padded_rows(undecided), rows)
-            self._launch(("whole", rows, wanted), rows, lambda: self._whole(rows, wanted))
+            self._launch_whole(rows, _scored_rows(undecided, rows))
             return listed, listed, False
+        kept = self._launch_leaving(rows)
+        return listed, kept, True
+
+    def _launch_whole(self, rows: int, scored: int) -> None:
+        self._launch(("whole", rows, scored), rows, lambda: self._whole(rows, scored))
+
+    def _launch_leaving(self, rows: int, narrow: int | None = None) -> int:
+        """A step that lists `rows` and goes on with those kept, of which it returns the number.
+
+        narrow: what they are padded to; None: the next rung."""
         listing, keep, frontier = self._launch(("prefix", rows), rows, lambda: self._prefix(rows))
         kept = int(keep.sum())
-        narrow = min(padded_rows(kept), rows)
+        narrow = min(padded_rows(kept), rows) if narrow is None else narrow
         self._launch(
-            ("suffix", rows, narrow), rows, lambda: self._suffix(listing, keep, frontier, narrow)
+            ("leave", rows, narrow), rows, lambda: self._leave(listing, keep, frontier, narrow)
         )
-        return listed, kept, True
+        self._launch(("suffix", narrow), narrow, lambda: self._suffix(narrow))
+        if narrow > CAPTURED_ROWS:
+            del self._kept[narrow]
+        return kept
 
     def _launch(self, key: Hashable, rows: int, work: Callable[[], T]) -> T:
         """Run work that depends on nothing but the state, as a CUDA graph where that pays."""
@@ -366,10 +428,20 @@ class BatchGenerator:
         )  # fmt: skip
         return listing, keep, frontier
 
-    def _suffix(
-        self, listing: Listing, keep: Tensor, frontier: Sequence[Tensor], rows: int
-    ) -> None:
+    def _leave(self, listing: Listing, keep: Tensor, frontier: Sequence[Tensor], rows: int) -> None:
+        """Leave the kept rows and their frontier where the suffix of so many rows reads them."""
         narrow, chosen = self.state.narrowed(listing, keep, rows)
+        own = listing.rows
+        positions = replace(
+            narrow.rows, rows=own.rows[:, chosen[0]], row_ids=own.row_ids[:, chosen[0]]
+        )
+        handed = self.programs.frontier_at(frontier, listing.index.shape[0], chosen[0])
+        self._kept[rows].hold(replace(narrow, rows=positions), handed)
+
+    def _suffix(self, rows: int) -> None:
+        """What `_leave` left, through the rest of the model."""
+        narrow, frontier = self._kept[rows].values()
+        chosen = torch.arange(rows, device=narrow.index.device)[None]
         outputs = self.programs.run_suffix(
             self._arguments, self.caches, narrow.rows, chosen, narrow.rows.starts, frontier
         )
@@ -446,6 +518,8 @@ class BatchGenerator:
 
     def _admit(self) -> None:
         """Give free slots to what waits, and compute the K/V of the prompts' whole blocks."""
+        if self._waiting and not any(self._slots):
+            self.model.refresh_weights()
         blocks: list[tuple[int, int, list[int]]] = []
         for at in range(self.max_batch):
             if not self._waiting or self._slots[at] is not None:

@@ -23,7 +23,7 @@ from focus_compile.passes.block_step import (
 )
 from focus_compile.passes.merge_projections import MergeProjections
 from focus_compile.pipeline import Pipeline, weight_rows
-from focus_compile.plan import Plan
+from focus_compile.plan import Factor, Plan
 from focus_compile.runtime.programs import model_inputs, stacked_shape
 
 __all__ = ["BlockPrograms", "RowList"]
@@ -67,6 +67,8 @@ class BlockPrograms:
     suffix: Program
     merged_of: dict[str, list[tuple[int, ...]]]
     """For each program, the positions of the inputs that its merged weights hold."""
+    handed_axes: tuple[Factor, ...]
+    """Where each value of the frontier carries its rows."""
     _merged: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -88,7 +90,8 @@ class BlockPrograms:
         own = model_inputs(captured, plan)
         state = _cache_specs(plan)
         listed, chosen = _specs(LISTED_INPUTS, plan), _specs(CHOSEN_INPUTS, plan)
-        handed = [InputSpec(item.input, item.shape) for item in frontier_of(gm, plan, cut)]
+        frontier = frontier_of(gm, plan, cut)
+        handed = [InputSpec(item.input, item.shape) for item in frontier]
         rows, batch = block_length, plan.batch
         # The suffix writes the K/V of the chosen rows.
         at_chosen = [
@@ -111,7 +114,8 @@ class BlockPrograms:
             merged_of[name] = _merge(pipeline, plan, graph, inputs[name])
             pipeline.dump(name, graph)
         made = {name: Program(name, graphs[name], inputs[name], lowering) for name in graphs}
-        return cls(plan, made["whole"], made["prefix"], made["suffix"], merged_of)
+        axes = tuple(item.axes.token for item in frontier)
+        return cls(plan, made["whole"], made["prefix"], made["suffix"], merged_of, axes)
 
     def allocate(self, slots: int, capacity: int, device: torch.device) -> list[Tensor]:
         """Caches of `slots` sequences of up to `capacity` tokens."""
@@ -175,6 +179,15 @@ class BlockPrograms:
             *args, *listed.inputs(), chosen, chosen_starts, *frontier, *caches,
             *self._weights("suffix"),
         )  # fmt: skip
+
+    def frontier_at(self, frontier: Sequence[Tensor], listed: int, chosen: Tensor) -> list[Tensor]:
+        """The rows `chosen` [K] of the frontier of `listed` rows, as that of K rows (batch 1)."""
+        picked = []
+        for value, token in zip(frontier, self.handed_axes, strict=True):
+            split = value.unflatten(token.axis, (-1, listed, int(token.inner)))
+            rows = split.index_select(token.axis + 1, chosen)
+            picked.append(rows.flatten(token.axis, token.axis + 2))
+        return picked
 
     def _weights(self, program: str) -> list[Tensor]:
         return [self._merged[parts] for parts in self.merged_of[program]]

@@ -19,7 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from focus_compile.block_diffusion import batch_generator
+from focus_compile.block_diffusion import block_model
 from focus_compile.block_diffusion.batch_generator import BatchGenerator, Completion
 from focus_compile.block_diffusion.tracing import (
     TracedModel,
@@ -73,7 +73,7 @@ def traced_once(
 
 def share_graphs(patch: pytest.MonkeyPatch) -> None:
     """Capture a model once for all generators of the same block length."""
-    patch.setattr(batch_generator, "trace", traced_once)
+    patch.setattr(block_model, "trace", traced_once)
 
 
 def generator(model: nn.Module, **options: Any) -> BatchGenerator:
