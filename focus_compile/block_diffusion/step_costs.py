@@ -28,7 +28,8 @@ class _Way:
 
 @dataclass
 class StepCosts:
-    """Steps by their padded number of listed rows, evicting (True) and whole (False)."""
+    """Steps by their padded number of listed rows, evicting (True) and whole (False); large numbers
+    that are close to one another are one."""
 
     _ways: dict[tuple[int, bool], _Way] = field(default_factory=dict)
     _chosen: dict[int, int] = field(default_factory=dict)
@@ -39,7 +40,8 @@ class StepCosts:
         for evicts, way in ways.items():
             if way.seen < WARM_UP + TRIALS:
                 return evicts
-        choices = self._chosen[rows] = self._chosen.get(rows, 0) + 1
+        size = _size(rows)
+        choices = self._chosen[size] = self._chosen.get(size, 0) + 1
         faster = ways[True].per_token() < ways[False].per_token()
         return faster if choices % RETRY else not faster
 
@@ -59,4 +61,12 @@ class StepCosts:
         return found
 
     def _way(self, rows: int, evicts: bool) -> _Way:
-        return self._ways.setdefault((rows, evicts), _Way())
+        return self._ways.setdefault((_size(rows), evicts), _Way())
+
+
+def _size(rows: int) -> int:
+    """Rows that are weighed as one: four sizes for each doubling beyond the first few hundred."""
+    if rows <= 512:
+        return rows
+    step = 1 << (rows.bit_length() - 3)
+    return -(-rows // step) * step

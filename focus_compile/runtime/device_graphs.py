@@ -52,17 +52,7 @@ class DeviceGraphs:
         try:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.device(self.device):
-                if self._pool is None:
-                    self._pool = torch.cuda.graph_pool_handle()
-                    # torch's own capture stream is of the device that was first captured on.
-                    self._stream = torch.cuda.Stream(self.device)
-                with torch.cuda.graph(
-                    graph,
-                    pool=self._pool,
-                    stream=self._stream,
-                    capture_error_mode="thread_local",
-                ):
-                    result = work()
+                result = self._record(graph, work)
         except RuntimeError as error:
             self.enabled = False
             self.failed(str(error).splitlines()[0])
@@ -72,6 +62,21 @@ class DeviceGraphs:
         with torch.cuda.device(self.device):
             graph.replay()
         return result
+
+    def _record(self, graph: torch.cuda.CUDAGraph, work: Callable[[], T]) -> T:
+        """`torch.cuda.graph` without the return of all cached memory to the driver, which costs
+        more than a capture where memory is nearly full."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+            # torch's own capture stream is of the device that was first captured on.
+            self._stream = torch.cuda.Stream(self.device)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                return work()
+            finally:
+                graph.capture_end()
 
     @property
     def captured(self) -> int:

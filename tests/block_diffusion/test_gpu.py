@@ -41,6 +41,21 @@ def test_a_batch_decodes_as_on_the_cpu(policy: str, lowering: str) -> None:
 
 
 @pytest.mark.parametrize("policy", ["delayed-cache", "focus-evict"])
+def test_after_warmup_nothing_is_compiled_or_captured(policy: str) -> None:
+    model = copy.deepcopy(decoder("qwen3")).cuda()
+    made = BatchGenerator(
+        model, block_length=8, max_length=MAX_LENGTH, max_batch=2, mask_token_id=MASK,
+        policy=policy, threshold=0.6, evict_if_faster=False,
+    )  # fmt: skip
+    captured = made.warmup()
+    assert captured == made.graphs.captured > 0
+    compiled = [program.compilations for program in made.programs.programs]
+    generate(made, PROMPTS, 16)
+    assert made.graphs.captured == captured
+    assert [program.compilations for program in made.programs.programs] == compiled
+
+
+@pytest.mark.parametrize("policy", ["delayed-cache", "focus-evict"])
 def test_a_caller_s_loop_keeps_finished_blocks_exact(policy: str) -> None:
     model = copy.deepcopy(decoder("llama")).cuda()
     focus = compiled(model, policy=policy, **OPTIONS)
