@@ -227,7 +227,10 @@ def cell(
             graphs = made.warmup()
             warmup = time.perf_counter() - begun
             fill(made, batch, context)
+            filled = time.perf_counter() - begun - warmup
             steps_of(made, yields[:WARM])
+            tried = time.perf_counter() - begun - warmup - filled
+            console.print(f"{arm}: warmup {warmup:.1f}, prompts {filled:.1f}, steps {tried:.1f} s")
             seen = steps_of(made, yields[WARM : WARM + steps])
             on_device = device_time(made, yields[-PROFILED:])
         except torch.OutOfMemoryError as error:
