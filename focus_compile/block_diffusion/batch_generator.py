@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from bisect import bisect_left
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -38,8 +38,8 @@ PREFILL_BLOCKS = 32
 LADDER = (*range(8, 65, 8), *range(128, 513, 64), *range(640, 2049, 128))
 """Row counts that a list is padded to; multiples of `COARSE` beyond."""
 COARSE = 256
-CAPTURED_ROWS = 1024
-"""Steps of more rows keep a GPU busy for longer than their launches take."""
+WARM_ROWS = 1024
+"""Larger steps are few of many sizes: they are captured when they come up again."""
 
 
 def padded_rows(rows: int) -> int:
@@ -103,23 +103,23 @@ class _Slot:
 
 
 @dataclass
-class _KeptRows:
-    """Rows that go on past the cut, in tensors that stay where they are: a suffix of so many rows
-    is one CUDA graph, however many were listed."""
+class _Held:
+    """Tensors that stay where they are, so that CUDA graphs of any number of rows can hand rows to
+    one another: each value is copied to the start of its buffer, which has room for `max_rows`."""
 
-    _held: list[Tensor] = field(default_factory=list)
+    max_rows: int
+    _buffers: list[Tensor] = field(default_factory=list)
 
-    def hold(self, listing: Listing, frontier: Sequence[Tensor]) -> None:
-        values = [*listing.rows.inputs(), listing.index, listing.real, listing.masked, *frontier]
-        if not self._held:
-            self._held = [value.clone(memory_format=torch.contiguous_format) for value in values]
-            return
-        for held, value in zip(self._held, values, strict=True):
-            held.copy_(value)
-
-    def values(self) -> tuple[Listing, list[Tensor]]:
-        rows, flags = RowList(*self._held[:7]), self._held[7:10]
-        return Listing(rows, *flags), self._held[10:]
+    def hold(self, rows: int, values: Sequence[Tensor]) -> list[Tensor]:
+        """Contiguous copies of values that are made of `rows` rows each, or of fewer numbers."""
+        if not self._buffers:
+            scale = math.ceil(self.max_rows / rows)
+            self._buffers = [value.new_empty(value.numel() * scale) for value in values]
+        held = []
+        for buffer, value in zip(self._buffers, values, strict=True):
+            held.append(buffer[: value.numel()].view(value.shape))
+            held[-1].copy_(value)
+        return held
 
 
 class BatchGenerator:
@@ -211,7 +211,8 @@ class BatchGenerator:
         )
         captures = cuda_graphs and device.type == "cuda"
         self.graphs = DeviceGraphs(captures, _no_graphs, device)
-        self._kept: defaultdict[int, _KeptRows] = defaultdict(_KeptRows)
+        most = padded_rows(max_batch * block_length)
+        self._frontier, self._kept = _Held(most), _Held(most)
         self.decode_counts: Tensor | None = None
         """int64 [max_batch]: decode so many tokens a step instead of by threshold (to measure with
         given yields)."""
@@ -343,7 +344,7 @@ class BatchGenerator:
             raise FocusError("BatchGenerator.warmup: requests are pending; call it before submit")
         most = padded_rows(self.max_batch * self.block_length)
         all_sizes = [most] if self.policy == "block-diffusion" else LADDER
-        sizes = [rows for rows in all_sizes if rows <= min(most, CAPTURED_ROWS)]
+        sizes = [rows for rows in all_sizes if rows <= min(most, WARM_ROWS)]
         # The first run of each compiles, the second one captures; idle slots list no rows.
         for rows in sizes or [most]:
             for scored in {_scored_rows(part, rows) for part in range(1, rows + 1)}:
@@ -374,27 +375,25 @@ class BatchGenerator:
         return listed, kept, True
 
     def _launch_whole(self, rows: int, scored: int) -> None:
-        self._launch(("whole", rows, scored), rows, lambda: self._whole(rows, scored))
+        self._launch(("whole", rows, scored), lambda: self._whole(rows, scored))
 
     def _launch_leaving(self, rows: int, narrow: int | None = None) -> int:
         """A step that lists `rows` and goes on with those kept, of which it returns the number.
 
         narrow: what they are padded to; None: the next rung."""
-        listing, keep, frontier = self._launch(("prefix", rows), rows, lambda: self._prefix(rows))
+        listing, keep, frontier = self._launch(("prefix", rows), lambda: self._prefix(rows))
         kept = int(keep.sum())
         narrow = min(padded_rows(kept), rows) if narrow is None else narrow
-        self._launch(
-            ("leave", rows, narrow), rows, lambda: self._leave(listing, keep, frontier, narrow)
+        kept_rows, handed = self._launch(
+            ("leave", rows, narrow), lambda: self._leave(listing, keep, frontier, narrow)
         )
-        self._launch(("suffix", narrow), narrow, lambda: self._suffix(narrow))
-        if narrow > CAPTURED_ROWS:
-            del self._kept[narrow]
+        self._launch(("suffix", narrow), lambda: self._suffix(kept_rows, handed))
         return kept
 
-    def _launch(self, key: Hashable, rows: int, work: Callable[[], T]) -> T:
-        """Run work that depends on nothing but the state, as a CUDA graph where that pays."""
+    def _launch(self, key: Hashable, work: Callable[[], T]) -> T:
+        """Run work that depends on nothing but the state, as a CUDA graph."""
         given = None if self.decode_counts is None else self.decode_counts.data_ptr()
-        return self.graphs.run((key, given), work) if rows <= CAPTURED_ROWS else work()
+        return self.graphs.run((key, given), work)
 
     def _rows_of(self, slot: _Slot) -> int:
         whole = self.policy == "block-diffusion" or (
@@ -426,22 +425,25 @@ class BatchGenerator:
             listing.rows.starts, self.state.decoded.mean(), self.state.progress, self.alpha,
             self.block_length, self.rank,
         )  # fmt: skip
-        return listing, keep, frontier
+        return listing, keep, self._frontier.hold(rows, frontier)
 
-    def _leave(self, listing: Listing, keep: Tensor, frontier: Sequence[Tensor], rows: int) -> None:
-        """Leave the kept rows and their frontier where the suffix of so many rows reads them."""
+    def _leave(
+        self, listing: Listing, keep: Tensor, frontier: Sequence[Tensor], rows: int
+    ) -> tuple[Listing, list[Tensor]]:
+        """The kept rows and their frontier, where the suffix of so many rows reads them."""
         narrow, chosen = self.state.narrowed(listing, keep, rows)
         own = listing.rows
         positions = replace(
             narrow.rows, rows=own.rows[:, chosen[0]], row_ids=own.row_ids[:, chosen[0]]
         )
         handed = self.programs.frontier_at(frontier, listing.index.shape[0], chosen[0])
-        self._kept[rows].hold(replace(narrow, rows=positions), handed)
+        values = [*positions.inputs(), narrow.index, narrow.real, narrow.masked, *handed]
+        held = self._kept.hold(rows, values)
+        return Listing(RowList(*held[:7]), *held[7:10]), held[10:]
 
-    def _suffix(self, rows: int) -> None:
-        """What `_leave` left, through the rest of the model."""
-        narrow, frontier = self._kept[rows].values()
-        chosen = torch.arange(rows, device=narrow.index.device)[None]
+    def _suffix(self, narrow: Listing, frontier: Sequence[Tensor]) -> None:
+        """What `_leave` returned, through the rest of the model."""
+        chosen = torch.arange(narrow.index.shape[0], device=narrow.index.device)[None]
         outputs = self.programs.run_suffix(
             self._arguments, self.caches, narrow.rows, chosen, narrow.rows.starts, frontier
         )
@@ -451,7 +453,7 @@ class BatchGenerator:
         """computed: rows that went through all layers; scored: those that the outputs are of."""
         logits = outputs[self.programs.plan.logits][0]
         if self.state.mask_token_id < logits.shape[-1]:
-            logits = logits.index_fill(-1, self._mask_column, -math.inf)
+            logits.index_fill_(-1, self._mask_column, -math.inf)
         probability, token = confidence(logits)
         self.state.advance(computed, scored, probability, token, self.threshold, self.decode_counts)
 
