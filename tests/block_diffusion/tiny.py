@@ -26,11 +26,14 @@ from focus_compile.block_diffusion.tracing import (
     call_with_block_mask,
     trace,
 )
+from focus_compile.config import BLOCK_POLICIES, COMBINED
 from tests.block_oracle import BlockOracle
 
 VOCAB = 40
 MASK = VOCAB - 1
 MAX_LENGTH = 48
+DENSE_POLICIES = tuple(policy for policy in BLOCK_POLICIES if policy != COMBINED)
+"""Those under which every layer reads all keys."""
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
