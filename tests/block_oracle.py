@@ -240,7 +240,7 @@ class BlockOracle:
         return sorted(left_out)
 
     def _relevance(self, queries: Tensor, keys: Tensor) -> float:
-        """Of a block's keys [size, H_kv, d], summed over rows and heads of the queries [R, H, d]."""
+        """Of a block's keys [size, H_kv, d] to queries [R, H, d], summed over rows and heads."""
         total = 0.0
         for q in queries:
             for h in range(q.shape[0]):
@@ -248,7 +248,9 @@ class BlockOracle:
                 if self.settings.block_summary == "mean":
                     total += float(q[h] @ of_head.mean(0))
                 else:
-                    total += float(torch.maximum(q[h] * of_head.amax(0), q[h] * of_head.amin(0)).sum())
+                    total += float(
+                        torch.maximum(q[h] * of_head.amax(0), q[h] * of_head.amin(0)).sum()
+                    )
         return total
 
     def _extent(self, sequence: Sequence, rows: list[int]) -> int:

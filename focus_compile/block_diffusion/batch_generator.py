@@ -171,7 +171,8 @@ class BatchGenerator:
         self.block_length, self.max_batch = block_length, max_batch
         if mask_token_id is None:
             mask_token_id = known_mask_token_id(model)
-        self._check(mask_token_id, max_length, cut, key_options or {})
+        self._check(mask_token_id, max_length, cut)
+        self._check_keys(key_options or {})
         assert mask_token_id is not None
         self.eos = _token_ids(eos_token_id)
         config = FocusConfig(
@@ -211,9 +212,20 @@ class BatchGenerator:
         self._waiting: deque[_Request] = deque()
         self._numbers = itertools.count()
 
-    def _check(
-        self, mask_token_id: int | None, max_length: int, cut: int, key_options: Mapping[str, Any]
-    ) -> None:
+    def _check_keys(self, key_options: Mapping[str, Any]) -> None:
+        for name in key_options:
+            if name not in KEY_OPTIONS:
+                raise OptionError.unknown(str(name), KEY_OPTIONS, kind="key option")
+        if key_options and self.policy != COMBINED:
+            raise OptionError.invalid(
+                "key_options", dict(key_options), f"none with {self.policy}, which reads all keys"
+            )
+        if self.commit != "exact" and self.policy == COMBINED:
+            raise OptionError.invalid(
+                "commit", self.commit, f'"exact" with {COMBINED}: its steps read some keys only'
+            )
+
+    def _check(self, mask_token_id: int | None, max_length: int, cut: int) -> None:
         if mask_token_id is None:
             raise OptionError(
                 "BatchGenerator: model.config has no mask_token_id; pass mask_token_id=..."
@@ -229,17 +241,6 @@ class BatchGenerator:
         if self.policy in EVICTING_POLICIES and self.block_length > MOST_ROWS:
             raise OptionError.invalid(
                 "block_length", self.block_length, f"at most {MOST_ROWS} with {self.policy}"
-            )
-        if self.policy == COMBINED and self.commit != "exact":
-            raise OptionError.invalid(
-                "commit", self.commit, f'"exact" with {COMBINED}: its K/V come from some keys only'
-            )
-        for name in key_options:
-            if name not in KEY_OPTIONS:
-                raise OptionError.unknown(str(name), KEY_OPTIONS, kind="key option")
-        if key_options and self.policy != COMBINED:
-            raise OptionError.invalid(
-                "key_options", dict(key_options), f"none with {self.policy}, which reads all keys"
             )
         if not _is_number(self.threshold) or not 0 <= self.threshold <= 1:
             raise OptionError.invalid("threshold", self.threshold, "a probability")

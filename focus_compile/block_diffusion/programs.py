@@ -107,8 +107,11 @@ class BlockPrograms:
         handed = [InputSpec(item.input, item.shape) for item in frontier_of(gm, plan, cut)]
         rows, batch = block_length, plan.batch
         # The suffix writes the K/V of the chosen rows, whose queries choose keys.
-        own_of_chosen = {"slots": (batch * CHOSEN,), "places": (batch * CHOSEN,)}
-        own_of_chosen["weights"] = (batch, CHOSEN)
+        own_of_chosen: dict[str, tuple[sympy.Expr, ...]] = {
+            "slots": (batch * CHOSEN,),
+            "places": (batch * CHOSEN,),
+            "weights": (batch, CHOSEN),
+        }
         at_chosen = [
             replace(spec, shape=own_of_chosen.get(spec.name, spec.shape)) for spec in listed
         ]
@@ -132,7 +135,9 @@ class BlockPrograms:
 
     def allocate(self, slots: int, capacity: int, device: torch.device) -> list[Tensor]:
         """Caches of `slots` sequences of up to `capacity` tokens."""
-        key_block = self.plan.key_block
+        tokens, blocks = capacity + SCRATCH, capacity // self.plan.key_block
+        sizes = [(site, tokens, site.head_dim) for site in self.plan.sites for _ in range(2)]
+        sizes += [(site, blocks, _summary_width(self.plan, site)) for site in self.sparse]
         with torch.inference_mode(False), torch.no_grad():
             return [
                 torch.zeros(
@@ -140,10 +145,7 @@ class BlockPrograms:
                     dtype=getattr(torch, site.dtype),
                     device=device,
                 )
-                for site, length, width in (
-                    *((s, capacity + SCRATCH, s.head_dim) for s in self.plan.sites for _ in "kv"),
-                    *((s, capacity // key_block, _summary_width(self.plan, s)) for s in self.sparse),
-                )
+                for site, length, width in sizes
             ]
 
     @property

@@ -25,7 +25,7 @@ from tests.compiled import compiled
 
 KEYS: dict[str, Any] = {"key_block": 4, "sink_tokens": 3, "dense_layers": 1}
 few = settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=list(HealthCheck),
@@ -52,7 +52,9 @@ def assert_finished_is_the_models(model: nn.Module, ids: Tensor, logits: Tensor)
     torch.testing.assert_close(logits[:, :done], own.logits, rtol=1e-3, atol=1e-4)
     held: Any = STORE.slot(next(model.parameters())).trajectory
     for at, layer in enumerate(own.past_key_values.layers):
-        for mine, theirs in zip(held.caches[2 * at : 2 * at + 2], (layer.keys, layer.values)):
+        for mine, theirs in zip(
+            held.caches[2 * at : 2 * at + 2], (layer.keys, layer.values), strict=True
+        ):
             torch.testing.assert_close(mine[:, :, :done], theirs, rtol=1e-3, atol=1e-4)
 
 
@@ -72,7 +74,13 @@ def test_a_caller_s_loop_decodes_as_the_oracle(
     options = KEYS | keys | {"policy": COMBINED, "keep_ratio": 0.5}
     focus = sized(compiled(model, evict_alpha=alpha, **options, **OPTIONS))
     judge = oracle(
-        model, block_length=B, alpha=alpha, threshold=2.0, model_first=True, max_length=64, **options
+        model,
+        block_length=B,
+        alpha=alpha,
+        threshold=2.0,
+        model_first=True,
+        max_length=64,
+        **options,
     )
     compared = evicted = left_out = 0
     for seed in range(8):
@@ -92,11 +100,11 @@ def test_a_caller_s_loop_decodes_as_the_oracle(
             compared += 1
             assert whole[3 * B :] == run.tokens
             steps = [step for step in run.steps if not step.commits]
-            for (given, logits), step in zip(calls, steps, strict=True):
+            for (given_ids, logits), step in zip(calls, steps, strict=True):
                 evicted += len(step.listed) - len(step.kept)
                 left_out += sum(map(len, step.left_out.values()))
                 for position, expected in step.logits.items():
-                    assert given[at, position] == MASK
+                    assert given_ids[at, position] == MASK
                     torch.testing.assert_close(logits[at, position], expected, rtol=1e-3, atol=1e-3)
         if compared >= 2:
             break
@@ -125,22 +133,20 @@ def test_where_all_keys_are_read_it_is_focus_evict() -> None:
         assert len(found) == len(expected)
 
 
+MODELS: tuple[dict[str, Any], ...] = (
+    {"name": "qwen3", "cut": 1, "block_length": 8, "keys": KEYS},
+    # Layers choose keys on both sides of the cut, and key blocks end where no decode block does.
+    {"name": "llama", "cut": 2, "block_length": 4,
+     "keys": {"key_block": 3, "sink_tokens": 0, "dense_layers": 0, "keep_ratio": 0.25}},
+)  # fmt: skip
+
+
 @st.composite
 def choices(draw: st.DrawFn) -> dict[str, Any]:
-    name, cut = draw(st.sampled_from((("qwen3", 1), ("llama", 2))))
-    return {
-        "name": name,
-        "cut": cut,
-        "block_length": draw(st.sampled_from((8, 4))),
+    return draw(st.sampled_from(MODELS)) | {
         "policy": COMBINED,
         "alpha": draw(st.sampled_from((1.5, 1.0, math.inf))),
         "threshold": draw(st.sampled_from((0.3, 0.6, 1.0))),
-        "keys": {
-            "keep_ratio": draw(st.sampled_from((0.5, 0.25, 0.0))),
-            "key_block": draw(st.sampled_from((2, 3))),
-            "sink_tokens": draw(st.sampled_from((0, 3))),
-            "dense_layers": draw(st.sampled_from((0, 2))),
-        },
     }
 
 
@@ -182,16 +188,17 @@ def test_a_generator_s_limits(prompt: list[int], tokens: int, threshold: float) 
     """A share of 1 is focus-evict; an endless budget lists what the delayed cache would."""
     model = decoder("qwen3")
 
-    def run(**options: Any) -> tuple[Any, list[tuple[int, int]]]:
+    def run(keep_ratio: float | None = None, **options: Any) -> tuple[Any, list[tuple[int, int]]]:
         made = generator(model, block_length=8, max_batch=1, threshold=threshold, **options)
+        if keep_ratio is not None:
+            made.keep_ratio = keep_ratio
         [completion] = generate(made, [prompt], tokens)
         return completion.tokens, [(step.listed, step.kept) for step in made.history]
 
-    every = KEYS | {"keep_ratio": 1.0}
-    assert run(policy=COMBINED, key_options=every) == run(policy="focus-evict")
-    delayed = run(policy="delayed-cache")
-    assert run(policy=COMBINED, key_options=every, alpha=math.inf) == delayed
-    _, steps = run(policy=COMBINED, key_options=KEYS, alpha=math.inf)
+    some: dict[str, Any] = {"policy": COMBINED, "key_options": KEYS}
+    assert run(keep_ratio=1.0, **some) == run(policy="focus-evict")
+    assert run(keep_ratio=1.0, alpha=math.inf, **some) == run(policy="delayed-cache")
+    _, steps = run(alpha=math.inf, **some)
     assert all(listed == kept for listed, kept in steps)
 
 

@@ -26,9 +26,9 @@ def ragged_select_blocks(
             kept[s, :limit] = torch.arange(limit, device=q.device)
             continue
         rows = slice(bounds[s], bounds[s + 1])
-        scores = relevance(
-            q[None, :, rows], weight[None, rows], summaries[owned, None, :, :limit]
-        )[0]
+        scores = relevance(q[None, :, rows], weight[None, rows], summaries[owned, None, :, :limit])[
+            0
+        ]
         scores[:sinks] = torch.inf
         chosen = highest(scores, max(count, min(sinks, limit)))
         kept[s, : chosen.shape[0]] = chosen

@@ -20,9 +20,10 @@ def ragged_select_blocks(
 ) -> Tensor:
     """`select_blocks` for the rows of each sequence, its first blocks kept before any other.
 
-    For a sequence s and the blocks j < candidates[s], with g = H // Hkv:
+    For a sequence s and the blocks j < candidates[s], with g = H // Hkv and its own
+    summary = summaries[slot[s]]:
 
-    relevance[s, j] = sum over its rows t of weight[t] * sum_h q[h, t] . summaries[slot[s], h // g, j]
+    relevance[s, j] = sum over its rows t of weight[t] * sum_h q[h, t] . summary[h // g, j]
 
     where "bound" summaries (see `block_summaries`) take (max(q, 0), min(q, 0)) in place of q. The
     blocks j < sinks are kept first, then the most relevant, keep[s] in all; of equal ones the

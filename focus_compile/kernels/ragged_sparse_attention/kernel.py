@@ -1,4 +1,4 @@
-"""`ragged_sparse_attention` on CUDA: `ragged_attention`'s kernel, its keys found by the block ids."""
+"""`ragged_sparse_attention` on CUDA: `ragged_attention`'s kernel, keys found by the ids."""
 
 from torch import Tensor
 
