@@ -182,23 +182,24 @@ def test_each_sequence_is_decoded_as_alone(
             same_step(found, step)
 
 
-@given(prompt=prompts(), tokens=st.integers(1, 20), threshold=st.sampled_from((0.3, 0.9)))
-@few
-def test_a_generator_s_limits(prompt: list[int], tokens: int, threshold: float) -> None:
-    """A share of 1 is focus-evict; an endless budget lists what the delayed cache would."""
-    model = decoder("qwen3")
+@pytest.mark.parametrize("threshold", [0.3, 0.9])
+def test_a_generator_s_limits(threshold: float) -> None:
+    """A share of 1 is focus-evict; an endless budget evicts nothing, whatever keys are read."""
+    options: dict[str, Any] = {"block_length": 8, "max_batch": 2, "threshold": threshold}
+    dense = generator(decoder("qwen3"), **options)
+    sparse = generator(decoder("qwen3"), policy=COMBINED, key_options=KEYS, **options)
 
-    def run(keep_ratio: float | None = None, **options: Any) -> tuple[Any, list[tuple[int, int]]]:
-        made = generator(model, block_length=8, max_batch=1, threshold=threshold, **options)
-        if keep_ratio is not None:
-            made.keep_ratio = keep_ratio
-        [completion] = generate(made, [prompt], tokens)
-        return completion.tokens, [(step.listed, step.kept) for step in made.history]
+    def run(made: Any, policy: str, alpha: float, keep_ratio: float) -> tuple[Any, Any]:
+        made.policy, made.alpha, made.keep_ratio = policy, alpha, keep_ratio
+        made.history.clear()
+        done = generate(made, [[3, 1, 4, 1, 5] * 4, [2, 7] * 6, [8]], 20)
+        return [one.tokens for one in done], [(step.listed, step.kept) for step in made.history]
 
-    some: dict[str, Any] = {"policy": COMBINED, "key_options": KEYS}
-    assert run(keep_ratio=1.0, **some) == run(policy="focus-evict")
-    assert run(keep_ratio=1.0, alpha=math.inf, **some) == run(policy="delayed-cache")
-    _, steps = run(alpha=math.inf, **some)
+    assert run(sparse, COMBINED, 1.0, 1.0) == run(dense, "focus-evict", 1.0, 0.5)
+    delayed = run(dense, "delayed-cache", math.inf, 0.5)
+    assert run(sparse, COMBINED, math.inf, 1.0) == delayed
+    tokens, steps = run(sparse, COMBINED, math.inf, 0.25)
+    assert tokens != delayed[0]
     assert all(listed == kept for listed, kept in steps)
 
 

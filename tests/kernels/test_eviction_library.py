@@ -27,8 +27,11 @@ PUBLIC = {
     "ragged_select_blocks": ragged_select_blocks,
     "ragged_sparse_attention": ragged_sparse_attention,
 }
-FLOATS = (  # fmt: skip
-    "importance", "select_rows", "ragged_attention", "ragged_select_blocks",
+FLOATS = (
+    "importance",
+    "select_rows",
+    "ragged_attention",
+    "ragged_select_blocks",
     "ragged_sparse_attention",
 )  # what their first argument is
 
@@ -52,11 +55,27 @@ def arguments(name: str, rows: int = 11, length: int = 23) -> tuple[Any, ...]:
         "compact_rows": (masked, starts, rows + 1),
         "ragged_attention": (q, *caches, slot, starts, lengths, 16, 0.3),
         "ragged_select_blocks": (
-            q, torch.ones(rows), caches[0], slot, starts, lengths, lengths // 2, 2, 16, 
+            q,
+            torch.ones(rows),
+            caches[0],
+            slot,
+            starts,
+            lengths,
+            lengths // 2,
+            2,
+            16,
         ),
         "ragged_sparse_attention": (
-            q, *caches, slot, starts, lengths, torch.tensor([[0, 3], [-1, -1], [1, -1]]),
-            lengths // 4, 4, 16, 0.3,
+            q,
+            *caches,
+            slot,
+            starts,
+            lengths,
+            torch.tensor([[0, 3], [-1, -1], [1, -1]]),
+            lengths // 4,
+            4,
+            16,
+            0.3,
         ),
     }[name]
 
