@@ -206,7 +206,7 @@ def cell(
     compiled: BlockModel, shape: str, batch: int, context: int, steps: int, mean: float,
     arms: list[str], order: str,
 ) -> list[Row]:  # fmt: skip
-    device, block = compiled.device, compiled.block_length
+    device, block = compiled.device, compiled.config.block_length
     found: list[Row] = []
     slots = max(2, batch)
     yields = all_drawn(slots, steps, mean, device)

@@ -44,7 +44,10 @@ ThresholdOption = Annotated[
     typer.Option(help="focus-evict: decode all that is at least so probable."),
 ]
 
-EVICTION = ("focus-evict", "delayed-cache", "block-diffusion")
+COMBINED = "focus-dllm+evict"
+EVICTION = ("focus-evict", COMBINED, "delayed-cache", "block-diffusion")
+KEEP_RATIOS = (0.5, 0.25, 0.1)
+"""Shares of the key blocks that are compared with the combined policy."""
 BLOCK_LENGTH = 32
 SeedOption = Annotated[int, typer.Option(help="Seed of the (first) question.")]
 
@@ -62,7 +65,9 @@ def demo_command(
     block_length: BlockLengthOption = 32,
     policy: Annotated[
         str,
-        typer.Option(help="focus-dllm, dual-cache, prefix-cache, exact; or focus-evict."),
+        typer.Option(
+            help="focus-dllm, dual-cache, prefix-cache, exact; focus-evict, focus-dllm+evict."
+        ),
     ] = "focus-dllm",
     keep_ratio: Annotated[
         float, typer.Option(help="Share of the prompt's key blocks that sparse layers read.")
@@ -86,7 +91,7 @@ def demo_command(
     """Decode long questions with a bundled model: dense against focus.
 
     With --policy focus-evict: the block-diffusion model, whole blocks and the delayed cache against
-    token eviction.
+    token eviction; with focus-dllm+evict, sparse keys in addition.
     """
     with _plain_errors():
         _check_writable(json_file)
@@ -105,6 +110,7 @@ def demo_command(
                 questions=questions or 12,
                 kind=kind,
                 alpha=alpha,
+                keep_ratio=keep_ratio if policy == COMBINED else None,
                 tokens_per_step=tokens_per_step if threshold is None else None,
                 threshold=1.0 if threshold is None else threshold,
                 seed=seed,
@@ -139,10 +145,10 @@ def _demo_of_eviction(settings: EvictShowcaseSettings, json_file: Path | None) -
     result = evict_showcase.run(settings, console)
     console.print(evict_showcase.table(result))
     same = "the same answers" if result.same_answers else "answers that differ"
-    plain, *_, evicting = result.arms.values()
+    (_, plain), *_, (name, evicting) = result.arms.items()
     rows = plain.kept_rows_per_token / evicting.kept_rows_per_token
     console.print(
-        f"focus-evict: {same}, {rows:.1f} times fewer rows past the cut than block diffusion, "
+        f"{name}: {same}, {rows:.1f} times fewer rows past the cut than block diffusion, "
         f"decoded {plain.seconds / evicting.seconds:.1f} times as fast"
     )
     _write(json_file, result.to_dict())
@@ -156,7 +162,11 @@ def fidelity_command(
     gen_length: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 64,
     block_length: BlockLengthOption = 32,
     policy: Annotated[
-        str, typer.Option(help="focus-dllm: all of its arms; focus-evict: those of eviction.")
+        str,
+        typer.Option(
+            help="focus-dllm: all of its arms; focus-evict: those of eviction; "
+            "focus-dllm+evict: these, and some with sparse keys."
+        ),
     ] = "focus-dllm",
     questions: QuestionsOption = None,
     seed: SeedOption = 0,
@@ -175,7 +185,7 @@ def fidelity_command(
     """Count the answers that each policy keeps, and how well focus rows are predicted.
 
     With --policy focus-evict: what token eviction costs the block-diffusion model, beside random
-    eviction.
+    eviction; with focus-dllm+evict, what sparse keys cost in addition.
     """
     with _plain_errors():
         _check_writable(json_file)
@@ -192,6 +202,7 @@ def fidelity_command(
                 gen_length=gen_length,
                 questions=questions or 12,
                 alpha=alpha,
+                keep_ratios=KEEP_RATIOS if policy == COMBINED else (),
                 tokens_per_step=tuple(tokens_per_step or (1, 4)),
                 threshold=threshold,
                 seed=seed,

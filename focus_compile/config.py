@@ -13,9 +13,20 @@ from typing import Any
 from focus_compile.errors import OptionError
 from focus_compile.fallback import warn_once
 
-__all__ = ["BLOCK_POLICIES", "POLICIES", "VERIFY", "FocusConfig", "verify_level"]
+__all__ = [
+    "BLOCK_POLICIES",
+    "COMBINED",
+    "EVICTING_POLICIES",
+    "POLICIES",
+    "VERIFY",
+    "FocusConfig",
+    "verify_level",
+]
 
-BLOCK_POLICIES = ("focus-evict", "delayed-cache", "block-diffusion")
+COMBINED = "focus-dllm+evict"
+"""Sparse keys over finished blocks and eviction inside the current one, in one plan."""
+EVICTING_POLICIES = ("focus-evict", COMBINED)
+BLOCK_POLICIES = (*EVICTING_POLICIES, "delayed-cache", "block-diffusion")
 """Policies for block-causal models, whose ids grow by a block."""
 POLICIES = ("focus-dllm", "dual-cache", "prefix-cache", *BLOCK_POLICIES, "exact")
 REFRESH_WORDS = ("block", "every-step")
@@ -35,7 +46,8 @@ class FocusConfig:
 
     Values larger than the sequence mean "everything". Sources: Focus-dLLM (arXiv 2602.02159) for
     expansion, window, keep_ratio and dense_layers; docs/selection-study.md for sink_tokens,
-    key_block and block_summary, which the paper does not publish.
+    key_block and block_summary, which the paper does not publish. With "focus-dllm+evict" the
+    prompt of these options is all finished blocks, and the sinks are its first positions.
     """
 
     policy: str = "focus-dllm"
@@ -95,6 +107,8 @@ class FocusConfig:
             object.__setattr__(self, "buckets", tuple(buckets))
         for field in dataclasses.fields(self):
             _CHECKS[field.name](field.name, getattr(self, field.name))
+        if self.policy == COMBINED:
+            _check_unread(self)
 
     @classmethod
     def from_options(
@@ -146,6 +160,23 @@ class FocusConfig:
         values = dataclasses.asdict(self)
         values["buckets"] = None if self.buckets is None else list(self.buckets)
         return values
+
+
+def _check_unread(config: FocusConfig) -> None:
+    """Raise OptionError where an option is set that the combined policy does not read."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, instead in _UNREAD.items():
+        value = getattr(config, name)
+        if value != defaults[name]:
+            expected = f"{defaults[name]!r}, the default, with policy={COMBINED!r}: {instead}"
+            raise OptionError.invalid(name, value, expected)
+
+
+_UNREAD = {
+    "expansion": "evict_alpha says how many rows stay",
+    "window": "evict_alpha says how many rows stay",
+    "refresh": "keys and values of finished blocks are final",
+}
 
 
 def _expect(condition: bool, name: str, value: object, expected: str) -> None:

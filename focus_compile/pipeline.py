@@ -15,7 +15,14 @@ import torch
 from torch import fx
 
 from focus_compile.capture import Capture
-from focus_compile.config import BLOCK_POLICIES, VERIFY, FocusConfig, verify_level
+from focus_compile.config import (
+    BLOCK_POLICIES,
+    COMBINED,
+    EVICTING_POLICIES,
+    VERIFY,
+    FocusConfig,
+    verify_level,
+)
 from focus_compile.errors import PassError
 from focus_compile.key_costs import KeyShape, key_costs
 from focus_compile.passes.block_causality import BLOCK_MASK_REMEDY
@@ -150,7 +157,7 @@ def _analyse(
         vocabulary=0, logits=0, key_block=config.key_block, block_summary=config.block_summary,
         sink_tokens=config.sink_tokens, logits_rows=config.logits,
         merge_projections=_merges(captured, config), misses=tuple(matching.misses),
-        evict_layer=config.evict_layer if config.policy == "focus-evict" else None,
+        evict_layer=config.evict_layer if config.policy in EVICTING_POLICIES else None,
     )  # fmt: skip
     if found is None:
         return replace(empty, refusals=(_NO_IDS,))
@@ -272,16 +279,20 @@ def _site(index: int, node: fx.Node, region: str) -> Site:
 
 
 def _regions(layers: int, config: FocusConfig) -> list[str]:
-    """dense-prefix x l, sink-capture, sparse-suffix, dense-tail; all dense if nothing is sparse."""
-    capture_at = config.dense_layers_for(layers)
+    """dense-prefix x l, sink-capture, sparse-suffix, dense-tail; all dense if nothing is sparse.
+
+    Where the sinks are the first positions, no layer captures them.
+    """
+    dense = config.dense_layers_for(layers)
+    captures = int(config.policy != COMBINED)
     tail_at = max(0, layers - config.dense_tail_layers)
-    if config.policy != "focus-dllm" or capture_at + 1 >= tail_at:
+    sparse = tail_at - dense - captures
+    if config.policy not in ("focus-dllm", COMBINED) or sparse <= 0:
         return ["dense-prefix"] * layers
-    sparse = tail_at - capture_at - 1
     tail = layers - tail_at
     return (
-        ["dense-prefix"] * capture_at
-        + ["sink-capture"]
+        ["dense-prefix"] * dense
+        + ["sink-capture"] * captures
         + ["sparse-suffix"] * sparse
         + ["dense-tail"] * tail
     )
@@ -298,10 +309,11 @@ def _with_key_costs(plan: Plan, ids: fx.Node, config: FocusConfig) -> Plan:
     batch, length = (concrete(size) for size in tensor.shape)
     site = sparse[0]
     blocks = length // config.key_block
+    rows = config.block_length if config.policy == COMBINED else config.focus_rows
     costs = key_costs(
         KeyShape(
             batch=batch, heads=site.heads, kv_heads=site.kv_heads, head_dim=site.head_dim,
-            length=length, rows=min(config.focus_rows, length),
+            length=length, rows=min(rows, length),
             key_block=config.key_block, kept=math.ceil(blocks * config.keep_ratio),
             sinks=config.sink_tokens, block_summary=config.block_summary, sparse=len(sparse),
             dtype=getattr(torch, site.dtype), device=tensor.device,

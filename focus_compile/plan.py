@@ -164,6 +164,11 @@ class Plan:
     misses: tuple[Refusal, ...] = ()
     operations: tuple[tuple[str, int], ...] = field(default=(), repr=False)
 
+    @property
+    def sink_blocks(self) -> int:
+        """The first key blocks, which hold `sink_tokens` positions."""
+        return -(-self.sink_tokens // self.key_block)
+
     @cached_property
     def ids(self) -> InputRole:
         """The input that holds the token ids."""

@@ -26,7 +26,10 @@ SAME = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The options of `BatchGenerator`, with its meaning."""
+    """The options of `BatchGenerator`, with its meaning, and those of its choice of keys.
+
+    model_first: the first forward of a response is the model's own, as under torch.compile.
+    """
 
     block_length: int
     mask_token_id: int
@@ -36,6 +39,13 @@ class Settings:
     commit: str = "exact"
     cut: int = 1
     max_length: int = 1 << 30
+    keep_ratio: float = 0.5
+    key_block: int = 32
+    dense_layers: int | None = None
+    dense_tail_layers: int = 0
+    sink_tokens: int = 16
+    block_summary: str = "bound"
+    model_first: bool = False
 
 
 @dataclass
@@ -49,6 +59,8 @@ class OracleStep:
     """The rows that went through all layers."""
     visible: int
     """Keys that the kept rows saw at the last layer: positions 0 to this."""
+    left_out: dict[int, list[int]]
+    """Key blocks that were not read, by layer."""
     logits: dict[int, Tensor]
     """[V] of each kept masked row, before the mask token is ruled out."""
     decoded: list[int] = field(default_factory=list)
@@ -105,7 +117,7 @@ class BlockOracle:
             sequence.begin, sequence.progress, sequence.yields = begin, begin - 1, []
             sequence.uncached = set(range(begin, begin + length))
             while self._masked(sequence):
-                steps.append(self._step(sequence))
+                steps.append(self._step(sequence, self.settings.model_first and not steps))
             begin += length
             full = begin + length > self.settings.max_length
             if begin - len(prompt) >= max_new_tokens or full:
@@ -122,10 +134,10 @@ class BlockOracle:
         mask = self.settings.mask_token_id
         return [p for p in self._block(sequence) if sequence.tokens[p] == mask]
 
-    def _step(self, sequence: Sequence) -> OracleStep:
+    def _step(self, sequence: Sequence, exact: bool) -> OracleStep:
         whole = self.settings.policy == "block-diffusion"
         listed = self._block(sequence) if whole else sorted(sequence.uncached)
-        step = self._forward(sequence, listed, commits=False)
+        step = self._forward(sequence, listed, commits=False, exact=exact)
         sequence.progress = max(sequence.progress, *step.kept)
         self._freeze(sequence, step)
         self._decode(sequence, step)
@@ -164,10 +176,15 @@ class BlockOracle:
         for p in step.decoded:
             sequence.tokens[p] = tokens[p]
 
-    def _forward(self, sequence: Sequence, listed: list[int], *, commits: bool) -> OracleStep:
-        """Layer by layer; with "focus-evict", rows leave behind the cut's keys and values."""
+    def _forward(
+        self, sequence: Sequence, listed: list[int], *, commits: bool, exact: bool = False
+    ) -> OracleStep:
+        """Layer by layer; with the policies that evict, rows leave behind the cut's keys and
+        values. What commits, or is `exact`, reads all keys."""
         masked = [] if commits else self._masked(sequence)
-        evicts = self.settings.policy == "focus-evict" and bool(masked)
+        policy = self.settings.policy
+        evicts = policy in ("focus-evict", "focus-dllm+evict") and bool(masked) and not exact
+        left_out: dict[int, list[int]] = {}
         rows, extent = listed, self._extent(sequence, listed)
         hidden = self.model.model.embed_tokens(torch.tensor([sequence.tokens[p] for p in rows]))
         importance: dict[int, Tensor] = {}
@@ -183,7 +200,11 @@ class BlockOracle:
                 where = [rows.index(p) for p in kept]
                 hidden, queries, rows = hidden[where], queries[where], kept
                 extent = self._extent(sequence, kept)
-            seen = range(extent)
+            if policy == "focus-dllm+evict" and not (commits or exact):
+                of_masked = [row for row, p in enumerate(rows) if p in masked]
+                left_out[at] = self._left_out(sequence, at, queries[of_masked])
+            size = self.settings.key_block
+            seen = [p for p in range(extent) if p // size not in left_out.get(at, ())]
             attended = self._attend(
                 layer,
                 queries,
@@ -194,7 +215,43 @@ class BlockOracle:
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         logits = self.model.lm_head(self.model.model.norm(hidden))
         of_masked = {p: logits[row] for row, p in enumerate(rows) if p in masked}
-        return OracleStep(commits, listed, rows, extent, of_masked)
+        return OracleStep(commits, listed, rows, extent, left_out, of_masked)
+
+    def _left_out(self, sequence: Sequence, at: int, queries: Tensor) -> list[int]:
+        """The finished key blocks that a layer does not read, by its masked rows' queries."""
+        settings, layers = self.settings, len(self.layers)
+        size, count = settings.key_block, sequence.begin // settings.key_block
+        dense = settings.dense_layers
+        if dense is None:
+            dense = 6 if layers >= 18 else layers // 3
+        if at < dense or at >= layers - settings.dense_tail_layers:
+            return []
+        sinks = min(count, math.ceil(settings.sink_tokens / size))
+        keep = max(math.ceil(settings.keep_ratio * count), sinks)
+        scores = []
+        for j in range(count):
+            keys = torch.stack([sequence.keys[at][p] for p in range(j * size, (j + 1) * size)])
+            scores.append(self._relevance(queries, keys))
+        order = sorted(range(sinks, count), key=lambda j: (-scores[j], j))
+        kept, left_out = order[: keep - sinks], order[keep - sinks :]
+        if kept and left_out and len(queries):
+            largest = max(map(abs, scores))
+            sequence.gaps.append((scores[kept[-1]] - scores[left_out[0]]) / largest)
+        return sorted(left_out)
+
+    def _relevance(self, queries: Tensor, keys: Tensor) -> float:
+        """Of a block's keys [size, H_kv, d] to queries [R, H, d], summed over rows and heads."""
+        total = 0.0
+        for q in queries:
+            for h in range(q.shape[0]):
+                of_head = keys[:, h // (q.shape[0] // keys.shape[1])]
+                if self.settings.block_summary == "mean":
+                    total += float(q[h] @ of_head.mean(0))
+                else:
+                    total += float(
+                        torch.maximum(q[h] * of_head.amax(0), q[h] * of_head.amin(0)).sum()
+                    )
+        return total
 
     def _extent(self, sequence: Sequence, rows: list[int]) -> int:
         """Keys seen: to the rightmost row that is computed now, or was frozen in this block."""

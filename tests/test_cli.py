@@ -125,6 +125,24 @@ def test_demo_of_eviction(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert json.loads(file.read_text())["arms"]["focus-evict"]["kept_rows_per_token"] == 4
 
 
+def test_demo_of_eviction_with_sparse_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(
+        settings: evict_showcase.EvictShowcaseSettings, console: Console
+    ) -> evict_showcase.EvictShowcaseResult:
+        assert [arm.keep_ratio for arm in settings.arms()] == [0.5, 0.5, 0.5, 0.25]
+        arms = {
+            arm.name: evict_showcase.EvictArmResult(12, 12, 33, 16.0, 8.0, 8.0, 1.0, 9.0, 5.0)
+            for arm in settings.arms()
+        }
+        return evict_showcase.EvictShowcaseResult(arms, same_answers=True, settings={})
+
+    monkeypatch.setattr(evict_showcase, "run", run)
+    options = ["--policy", "focus-dllm+evict", "--keep-ratio", "0.25"]
+    result = runner.invoke(app, ["demo", *options])
+    assert result.exit_code == 0, result.output
+    assert "focus-dllm+evict: the same answers" in result.output
+
+
 def test_fidelity_of_eviction(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[Any] = []
     score = evict_fidelity.EvictScore(3, 4, 0.75, 1.0, 1.0, 9, 2.0, 1.0, 1.0, 1.0)
@@ -156,6 +174,10 @@ def test_fidelity_of_eviction(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         )
     ]
     assert "random α=2: 4 answers" in result.output
+    result = runner.invoke(app, ["fidelity", "--policy", "focus-dllm+evict", "--examples", "1"])
+    assert result.exit_code == 0, result.output
+    assert seen[1].keep_ratios == (0.5, 0.25, 0.1)
+    assert "focus-dllm+evict keys=0.25: 2 answers" in result.output
     assert json.loads(file.read_text())["rules"]["1 a step"][0]["needle"]["right"] == 3
 
 

@@ -7,7 +7,7 @@ import math
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, TypeVar
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from focus_compile.block_diffusion.block_model import BlockModel
-from focus_compile.block_diffusion.programs import RowList
+from focus_compile.block_diffusion.programs import KeyChoice, RowList
 from focus_compile.block_diffusion.state import COMMIT, DECODE, IDLE, BlockState, Listing
 from focus_compile.block_diffusion.step_costs import StepCosts
 from focus_compile.block_diffusion.tracing import ModelCall, call_with_block_mask
-from focus_compile.config import BLOCK_POLICIES, FocusConfig
+from focus_compile.config import BLOCK_POLICIES, COMBINED, EVICTING_POLICIES, FocusConfig
 from focus_compile.errors import FocusError, OptionError
 from focus_compile.fallback import warn_once
 from focus_compile.frontend import known_mask_token_id
@@ -33,6 +33,10 @@ __all__ = ["BLOCK_POLICIES", "BatchGenerator", "BlockStep", "Completion"]
 
 T = TypeVar("T")
 COMMITS = ("exact", "delayed")
+KEY_OPTIONS = (
+    "keep_ratio", "dense_layers", "dense_tail_layers", "sink_tokens", "key_block", "block_summary",
+    "dense_if_faster",
+)  # fmt: skip
 PREFILL_BLOCKS = 32
 """Blocks of prompts that one call of the whole program takes at most."""
 LADDER = (*range(8, 65, 8), *range(128, 513, 64), *range(640, 2049, 128))
@@ -128,7 +132,9 @@ class BatchGenerator:
     The model is captured once, and proven to be block-causal. Every step computes the listed rows
     of all sequences as one list: with "focus-evict" (FOCUS, arXiv 2601.23278) those whose K/V are
     not final, of which after the cut only those stay that are likely to decode; with
-    "delayed-cache" the same without eviction; with "block-diffusion" whole blocks. Of a computed
+    "delayed-cache" the same without eviction; with "block-diffusion" whole blocks. With
+    "focus-dllm+evict" rows are evicted as well, and those that decode a block read some of the key
+    blocks of finished ones in the sparse layers, as in Focus-dLLM (arXiv 2602.02159). Of a computed
     masked row, the most probable token is decoded if its probability reaches the threshold; the
     best row of every sequence always is.
 
@@ -154,6 +160,7 @@ class BatchGenerator:
         merge_projections: bool | None = None,
         lowering: str = "inductor",
         cuda_graphs: bool = True,
+        key_options: Mapping[str, Any] | None = None,
         call: ModelCall = call_with_block_mask,
     ) -> None:
         """
@@ -179,6 +186,8 @@ class BatchGenerator:
             evict_if_faster: evict only in steps of such sizes where that decodes more tokens a
                 second, by timing both ways as steps go by. None: on a GPU.
             merge_projections, lowering, cuda_graphs: see `FocusConfig`.
+            key_options: with "focus-dllm+evict", those of `KEY_OPTIONS` that differ from the
+                defaults of `FocusConfig`, which explains them.
             call: how the model is called.
 
         Raises:
@@ -189,26 +198,33 @@ class BatchGenerator:
         self.policy, self.threshold, self.alpha, self.commit = policy, threshold, alpha, commit
         self.rank = rank
         self.block_length, self.max_batch = block_length, max_batch
-        known = model.mask_token_id if isinstance(model, BlockModel) else known_mask_token_id(model)
-        mask_token_id = known if mask_token_id is None else mask_token_id
+        if mask_token_id is None:
+            if isinstance(model, BlockModel):
+                mask_token_id = model.config.mask_token_id
+            else:
+                mask_token_id = known_mask_token_id(model)
         self._check(mask_token_id, max_length, cut)
+        self._check_keys(key_options or {})
         assert mask_token_id is not None
         self.eos = _token_ids(eos_token_id)
+        config = FocusConfig(
+            policy=COMBINED if policy == COMBINED else "delayed-cache",
+            mask_token_id=mask_token_id, block_length=block_length, lowering=lowering,
+            cuda_graphs=cuda_graphs, merge_projections=merge_projections, **(key_options or {}),
+        )  # fmt: skip
+        self.keep_ratio = config.keep_ratio
         self.max_length = math.ceil(max_length / block_length) * block_length
         if isinstance(model, BlockModel):
-            model.check_shared(block_length, self.max_length)
+            model.check_shared(config, self.max_length)
         else:
-            config = FocusConfig(
-                policy="delayed-cache", mask_token_id=mask_token_id, block_length=block_length,
-                lowering=lowering, cuda_graphs=cuda_graphs, merge_projections=merge_projections,
-            )  # fmt: skip
             model = BlockModel.compile(model, config, self.max_length, cut, call)
         self.model, device = model, model.device
         self.programs, self._arguments = model.programs, model.arguments
         self.caches = self.programs.allocate(max_batch, self.max_length, device)
         self.state = BlockState.allocate(
-            max_batch, block_length, self.max_length, mask_token_id, device
-        )
+            max_batch, block_length, self.max_length, mask_token_id, device,
+            key_block=self.programs.plan.key_block if self.programs.sparse else None,
+        )  # fmt: skip
         captures = cuda_graphs and device.type == "cuda"
         self.graphs = DeviceGraphs(captures, _no_graphs, device)
         most = padded_rows(max_batch * block_length)
@@ -223,6 +239,19 @@ class BatchGenerator:
         self._waiting: deque[_Request] = deque()
         self._numbers = itertools.count()
 
+    def _check_keys(self, key_options: Mapping[str, Any]) -> None:
+        for name in key_options:
+            if name not in KEY_OPTIONS:
+                raise OptionError.unknown(str(name), KEY_OPTIONS, kind="key option")
+        if key_options and self.policy != COMBINED:
+            raise OptionError.invalid(
+                "key_options", dict(key_options), f"none with {self.policy}, which reads all keys"
+            )
+        if self.commit != "exact" and self.policy == COMBINED:
+            raise OptionError.invalid(
+                "commit", self.commit, f'"exact" with {COMBINED}: its steps read some keys only'
+            )
+
     def _check(self, mask_token_id: int | None, max_length: int, cut: int) -> None:
         if mask_token_id is None:
             raise OptionError(
@@ -236,9 +265,9 @@ class BatchGenerator:
         _check_whole("max_batch", self.max_batch, 1)
         _check_whole("max_length", max_length, 2 * self.block_length)
         _check_whole("cut", cut, 1)
-        if self.policy == "focus-evict" and self.block_length > MOST_ROWS:
+        if self.policy in EVICTING_POLICIES and self.block_length > MOST_ROWS:
             raise OptionError.invalid(
-                "block_length", self.block_length, f"at most {MOST_ROWS} with focus-evict"
+                "block_length", self.block_length, f"at most {MOST_ROWS} with {self.policy}"
             )
         if not _is_number(self.threshold) or not 0 <= self.threshold <= 1:
             raise OptionError.invalid("threshold", self.threshold, "a probability")
@@ -313,6 +342,14 @@ class BatchGenerator:
         before = [(slot, slot.undecided) for slot in working if slot.phase == DECODE]
         computing = time.perf_counter()
         listed, kept, evicting = self._compute()
+        self.programs.summarise(
+            self.caches,
+            [
+                (at, slot.begin, slot.begin + self.block_length)
+                for at, slot in enumerate(self._slots)
+                if slot is not None and slot.phase == COMMIT
+            ],
+        )
         for slot in working:
             slot.request.steps += 1
         self._learn()
@@ -357,7 +394,7 @@ class BatchGenerator:
 
     @property
     def _may_evict(self) -> bool:
-        return self.policy == "focus-evict" and not math.isinf(self.alpha)
+        return self.policy in EVICTING_POLICIES and not math.isinf(self.alpha)
 
     def _compute(self) -> tuple[int, int, bool]:
         """Run the step's programs; (rows listed, rows past the cut, whether some could leave)."""
@@ -403,7 +440,10 @@ class BatchGenerator:
 
     def _listing(self, rows: int) -> Listing:
         return self.state.listing(
-            rows, everything=self.policy == "block-diffusion", commit_all=self.commit == "exact"
+            rows,
+            everything=self.policy == "block-diffusion",
+            commit_all=self.commit == "exact",
+            keep_ratio=self.keep_ratio if self.policy == COMBINED else 1.0,
         )
 
     def _whole(self, rows: int, wanted: int) -> None:
@@ -437,9 +477,11 @@ class BatchGenerator:
             narrow.rows, rows=own.rows[:, chosen[0]], row_ids=own.row_ids[:, chosen[0]]
         )
         handed = self.programs.frontier_at(frontier, listing.index.shape[0], chosen[0])
-        values = [*positions.inputs(), narrow.index, narrow.real, narrow.masked, *handed]
+        listed = positions.inputs()
+        values = [*listed, narrow.index, narrow.real, narrow.masked, *handed]
         held = self._kept.hold(rows, values)
-        return Listing(RowList(*held[:7]), *held[7:10]), held[10:]
+        flags = held[len(listed) : len(listed) + 3]
+        return Listing(RowList.of(held[: len(listed)]), *flags), held[len(listed) + 3 :]
 
     def _suffix(self, narrow: Listing, frontier: Sequence[Tensor]) -> None:
         """What `_leave` returned, through the rest of the model."""
@@ -537,6 +579,8 @@ class BatchGenerator:
             self._slots[at] = _Slot(request, begin, len(given), DECODE, length, length - len(given))
         for first in range(0, len(blocks), PREFILL_BLOCKS):
             self._prefill(blocks[first : first + PREFILL_BLOCKS])
+        length = self.block_length
+        self.programs.summarise(self.caches, [(at, b, b + length) for at, b, _ in blocks])
         if any(slot is not None for slot in self._slots):
             self._tell_phases()
 
@@ -553,6 +597,11 @@ class BatchGenerator:
         ids = [token for _, _, tokens in blocks for token in tokens]
         at = [begin + i for _, begin, _ in blocks for i in range(length)]
         rows = count * length
+        begins = [begin for _, begin, _ in blocks]
+        keys = None
+        if self.state.key_block is not None:  # all of them: what a prompt computes is final
+            candidates = tensor([begin // self.state.key_block for begin in begins], 0, count)
+            keys = KeyChoice(torch.zeros((1, rows), device=device), candidates, candidates)
         listed = RowList(
             row_ids=tensor(ids, ids[-1], rows)[None],
             rows=tensor(at, at[-1], rows)[None],
@@ -560,7 +609,8 @@ class BatchGenerator:
             places=tensor(at, self.max_length, rows),
             owners=tensor([slot for slot, _, _ in blocks], 0, count),
             starts=torch.arange(count + 1, device=device).clamp(max=len(blocks)) * length,
-            lengths=tensor([begin + length for _, begin, _ in blocks], 0, count),
+            lengths=tensor([begin + length for begin in begins], 0, count),
+            keys=keys,
         )
         assert spare >= 0
         chosen = torch.zeros((1, 2), dtype=torch.int64, device=device)

@@ -11,10 +11,15 @@ from torch import Tensor, nn
 
 from focus_compile.block_diffusion.programs import BlockPrograms
 from focus_compile.block_diffusion.tracing import ModelCall, trace
-from focus_compile.config import FocusConfig
+from focus_compile.config import COMBINED, FocusConfig
 from focus_compile.errors import OptionError, PassError, RefusalError
 
 __all__ = ["BlockModel"]
+
+COMPILED_KEY_OPTIONS = (
+    "dense_layers", "dense_tail_layers", "sink_tokens", "key_block", "block_summary",
+)  # fmt: skip
+"""Options of the keys that programs depend on."""
 
 
 @dataclass
@@ -27,9 +32,8 @@ class BlockModel:
 
     programs: BlockPrograms
     arguments: Sequence[Any]
-    block_length: int
+    config: FocusConfig
     max_length: int
-    mask_token_id: int
     cut: int
     _versions: tuple[int, ...] = ()
 
@@ -49,19 +53,18 @@ class BlockModel:
             RefusalError: the model cannot be captured, or is not block-causal with this block
                 length; says where.
         """
-        assert config.mask_token_id is not None
         traced = trace(model, config, max_length, call)
         layers = len(traced.plan.sites)
         if cut >= layers:
             raise OptionError.invalid("cut", cut, f"a layer from 1 to {layers - 1}")
-        length = config.block_length
         try:
             programs = BlockPrograms.build(
-                traced.captured, traced.pipeline, traced.plan, length, cut, config.lowering
-            )
+                traced.captured, traced.pipeline, traced.plan, config.block_length, cut,
+                config.lowering,
+            )  # fmt: skip
         except PassError as error:
             raise RefusalError(f"focus_compile: no block-diffusion program: {error}") from None
-        made = cls(programs, traced.arguments, length, max_length, config.mask_token_id, cut)
+        made = cls(programs, traced.arguments, config, max_length, cut)
         made.refresh_weights()
         return made
 
@@ -71,20 +74,21 @@ class BlockModel:
         ids: Tensor = self.arguments[self.programs.plan.ids.position]
         return ids.device
 
-    def check_shared(self, block_length: int, max_length: int) -> None:
-        """Raise OptionError unless a generator of these sizes can run these programs."""
-        if block_length != self.block_length:
-            raise OptionError.invalid(
-                "block_length",
-                block_length,
-                f"{self.block_length}, which the model is compiled for",
+    def check_shared(self, config: FocusConfig, max_length: int) -> None:
+        """Raise OptionError unless a generator with these options can run these programs."""
+        combined = config.policy == COMBINED
+        if combined and self.config.policy != COMBINED:
+            raise OptionError(
+                "BatchGenerator: the model is compiled to read all keys; pass the module itself "
+                f"to compile it for {COMBINED}"
             )
+        for name in ("block_length", *(COMPILED_KEY_OPTIONS if combined else ())):
+            mine, given = getattr(self.config, name), getattr(config, name)
+            if given != mine:
+                raise OptionError.invalid(name, given, f"{mine!r}, as the model is compiled")
         if max_length > self.max_length:
-            raise OptionError.invalid(
-                "max_length",
-                max_length,
-                f"at most {self.max_length}, which the model is compiled for",
-            )
+            expected = f"at most {self.max_length}, as the model is compiled"
+            raise OptionError.invalid("max_length", max_length, expected)
 
     def refresh_weights(self) -> bool:
         """Copy merged weights anew if any of the model's changed in place; whether one did."""

@@ -7,6 +7,7 @@ block only: those whose K/V are not final, and of these, past the cut, those tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from focus_compile.block_diffusion.programs import BlockPrograms
 from focus_compile.block_diffusion.state import COMMIT, BlockState, Listing
 from focus_compile.capture import Capture
-from focus_compile.config import FocusConfig
+from focus_compile.config import COMBINED, EVICTING_POLICIES, FocusConfig
 from focus_compile.errors import SelfCheckError
 from focus_compile.fallback import warn_once
 from focus_compile.passes.block_causality import mask_inputs, why_not_block_causal
@@ -129,6 +130,8 @@ class BlockDispatcher(Dispatcher):
             captured, pipeline, plan, config.block_length, config.evict_layer, config.lowering
         )
         at = {node.name: i for i, node in enumerate(self.gm.graph.find_nodes(op="placeholder"))}
+        self.key_block = plan.key_block if self.blocks.sparse else None
+        self.keep_ratio = config.keep_ratio if config.policy == COMBINED else 1.0
         self.masks = {name: at[name] for name in mask_inputs(self.gm, plan)}
         self.tables = [at for at in plan.positions("guarded") if at not in self.masks.values()]
 
@@ -256,13 +259,12 @@ class BlockDispatcher(Dispatcher):
         outputs = self.programs.refresh(*args, rows, *fresh)
         capacity = length + SPARE_BLOCKS * self.block
         caches = self.blocks.allocate(batch, capacity, ids.device)
-        for mine, theirs in zip(caches, fresh, strict=True):
-            mine[:, :, :length] = theirs
+        self.blocks.copy(fresh, caches, length)
         del fresh
         self.blocks.merge(args)
         with torch.inference_mode(False):
             state = BlockState.allocate(
-                batch, self.block, capacity, self._mask_token_id, ids.device, padded=True
+                batch, self.block, capacity, self._mask_token_id, ids.device, True, self.key_block
             )
             held = BlockTrajectory(
                 self, SeenWeights(call.weights), current_stream(ids), ids.clone(),
@@ -299,7 +301,7 @@ class BlockDispatcher(Dispatcher):
         self, held: BlockTrajectory, args: Sequence[Any], dense: Sequence[Tensor]
     ) -> None:
         """The last block's rows computed alone must be those of the whole forward."""
-        listing = self._listing(held.state, self.block, everything=True)
+        listing = held.state.listing(self.block, everything=True, commit_all=True)
         chosen = torch.arange(self.block, device=held.ids.device).repeat(held.ids.shape[0], 1)
         ours = self.blocks.run_whole(args, held.caches, listing.rows, chosen, listing.rows.starts)
         problem = rows_differ(ours, [values[:, -self.block :] for values in dense])
@@ -310,7 +312,9 @@ class BlockDispatcher(Dispatcher):
             self._refused = self._refuse(message)
 
     def _listing(self, state: BlockState, rows: int, *, everything: bool = False) -> Listing:
-        return state.listing(rows, everything=everything, commit_all=True)
+        return state.listing(
+            rows, everything=everything, commit_all=True, keep_ratio=self.keep_ratio
+        )
 
     def _continue_block(
         self, held: BlockTrajectory, call: CallInputs, seen: _Seen, args: Sequence[Any]
@@ -344,7 +348,7 @@ class BlockDispatcher(Dispatcher):
             "rows": sum(listed),
             "kept": kept,
             "bucket": bucket,
-            "keys": self._keys_read(call.ids.shape[1], None),
+            "keys": self._keys_of_step(call.ids.shape[1]),
         }
         return tuple(latest.hand_out() for latest in held.outputs), entry
 
@@ -355,8 +359,8 @@ class BlockDispatcher(Dispatcher):
         state, batch = held.state, held.ids.shape[0]
         everything = self.config.policy == "block-diffusion"
         listing = self._listing(state, bucket, everything=everything)
-        evicts = self.config.policy == "focus-evict" and held.evicts and held.least is not None
-        if not evicts:
+        evicts = self.config.policy in EVICTING_POLICIES and held.evicts and held.least is not None
+        if not evicts or math.isinf(self.config.evict_alpha):
             chosen = torch.arange(bucket, device=held.ids.device).repeat(batch, 1)
             held.evicted.fill_(False)
             starts = listing.rows.starts
@@ -380,6 +384,16 @@ class BlockDispatcher(Dispatcher):
         )
         held.evicted.copy_(state.spread(listing) & ~state.spread(narrow))
         return sum(counts), narrow, outputs
+
+    def _keys_of_step(self, length: int) -> dict[str, int]:
+        """Keys that each layer of a region reads at most, in a step."""
+        keys = self._keys_read(length, None)
+        if self.key_block is not None:
+            candidates = (length - self.block) // self.key_block
+            kept = max(math.ceil(candidates * self.keep_ratio), self.plan.sink_blocks)
+            left_out = max(candidates - kept, 0) * self.key_block
+            keys["sparse-suffix"] -= left_out
+        return keys
 
     def _keep_latest(
         self, held: BlockTrajectory, latest: LatestRows, narrow: Listing, values: Tensor
@@ -407,6 +421,8 @@ class BlockDispatcher(Dispatcher):
         outputs = self.blocks.run_whole(
             args, held.caches, listing.rows, chosen, listing.rows.starts
         )
+        done = (held.length - block, held.length)
+        self.blocks.summarise(held.caches, [(slot, *done) for slot in range(batch)])
         end, room = held.length + block, state.max_length
         if end > room:
             held.caches = self._grown(held, room + max(room // 2 // block, SPARE_BLOCKS) * block)
@@ -423,11 +439,10 @@ class BlockDispatcher(Dispatcher):
         """Caches of more room, with what the old ones hold."""
         batch, device = held.ids.shape[0], held.ids.device
         caches = self.blocks.allocate(batch, capacity, device)
-        for mine, theirs in zip(caches, held.caches, strict=True):
-            mine[:, :, : held.length] = theirs[:, :, : held.length]
+        self.blocks.copy(held.caches, caches, held.length)
         old = held.state
         held.state = BlockState.allocate(
-            batch, self.block, capacity, self._mask_token_id, device, padded=True
+            batch, self.block, capacity, self._mask_token_id, device, True, self.key_block
         )
         del old
         return caches

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from focus_compile.capture import Capture
+from focus_compile.kernels.block_summaries.op import block_summaries
 from focus_compile.lowering.program import InputSpec, Program
 from focus_compile.passes.block_step import (
     CHOSEN_INPUTS,
@@ -20,25 +21,37 @@ from focus_compile.passes.block_step import (
     BuildSuffix,
     BuildWhole,
     frontier_of,
+    listed_inputs,
 )
 from focus_compile.passes.merge_projections import MergeProjections
 from focus_compile.pipeline import Pipeline, weight_rows
-from focus_compile.plan import Factor, Plan
+from focus_compile.plan import Factor, Plan, Site
 from focus_compile.runtime.programs import model_inputs, stacked_shape
 
-__all__ = ["BlockPrograms", "RowList"]
+__all__ = ["BlockPrograms", "KeyChoice", "RowList"]
 
 CHOSEN = sympy.Symbol("chosen_rows", integer=True, positive=True)
 SEQUENCES = sympy.Symbol("sequences", integer=True, positive=True)
 SLOTS = sympy.Symbol("slots", integer=True, positive=True)
 ROOM = sympy.Symbol("room", integer=True, positive=True)
+KEY_BLOCKS = sympy.Symbol("key_blocks", integer=True, positive=True)
 SCRATCH = 8
 """Positions behind every cache slot, the first of which takes what padding rows write."""
 
 
 @dataclass(frozen=True)
+class KeyChoice:
+    """What sparse layers choose keys by; see `KEY_INPUTS`."""
+
+    weights: Tensor
+    candidates: Tensor
+    keep: Tensor
+
+
+@dataclass(frozen=True)
 class RowList:
-    """Rows of several sequences one after another; see `LISTED_INPUTS`."""
+    """Rows of several sequences one after another; see `LISTED_INPUTS`. keys: None where all
+    layers read all of them."""
 
     row_ids: Tensor
     rows: Tensor
@@ -47,10 +60,19 @@ class RowList:
     owners: Tensor
     starts: Tensor
     lengths: Tensor
+    keys: KeyChoice | None = None
 
     def inputs(self) -> tuple[Tensor, ...]:
+        keys = self.keys
+        chosen_by = () if keys is None else (keys.weights, keys.candidates, keys.keep)
         return (self.row_ids, self.rows, self.slots, self.places, self.owners, self.starts,
-                self.lengths)  # fmt: skip
+                self.lengths, *chosen_by)  # fmt: skip
+
+    @classmethod
+    def of(cls, inputs: Sequence[Tensor]) -> RowList:
+        """The list that has these `inputs`."""
+        listed = len(LISTED_INPUTS)
+        return cls(*inputs[:listed], KeyChoice(*inputs[listed:]) if inputs[listed:] else None)
 
 
 @dataclass
@@ -58,7 +80,8 @@ class BlockPrograms:
     """`whole` computes a list of rows; `prefix` and `suffix` do the same with a choice between.
 
     All read and write caches made by `allocate`: K and V of every layer [slots, Hkv, N + SCRATCH,
-    d], where N is the capacity, the place where padding rows write.
+    d], where N is the capacity, the place where padding rows write; then, of every sparse layer,
+    summaries of its key blocks [slots, Hkv, N // key_block, d or 2 d], which `summarise` makes.
     """
 
     plan: Plan
@@ -89,14 +112,18 @@ class BlockPrograms:
         gm = pipeline.gm
         own = model_inputs(captured, plan)
         state = _cache_specs(plan)
-        listed, chosen = _specs(LISTED_INPUTS, plan), _specs(CHOSEN_INPUTS, plan)
+        listed, chosen = _specs(listed_inputs(plan), plan), _specs(CHOSEN_INPUTS, plan)
         frontier = frontier_of(gm, plan, cut)
         handed = [InputSpec(item.input, item.shape) for item in frontier]
         rows, batch = block_length, plan.batch
-        # The suffix writes the K/V of the chosen rows.
+        # The suffix writes the K/V of the chosen rows, whose queries choose keys.
+        own_of_chosen: dict[str, tuple[sympy.Expr, ...]] = {
+            "slots": (batch * CHOSEN,),
+            "places": (batch * CHOSEN,),
+            "weights": (batch, CHOSEN),
+        }
         at_chosen = [
-            replace(spec, shape=(batch * CHOSEN,)) if spec.name in ("slots", "places") else spec
-            for spec in listed
+            replace(spec, shape=own_of_chosen.get(spec.name, spec.shape)) for spec in listed
         ]
         graphs = {
             "whole": BuildWhole(plan, rows, len(plan.sites) - 1).apply(gm),
@@ -119,16 +146,44 @@ class BlockPrograms:
 
     def allocate(self, slots: int, capacity: int, device: torch.device) -> list[Tensor]:
         """Caches of `slots` sequences of up to `capacity` tokens."""
+        tokens, blocks = capacity + SCRATCH, capacity // self.plan.key_block
+        sizes = [(site, tokens, site.head_dim) for site in self.plan.sites for _ in range(2)]
+        sizes += [(site, blocks, _summary_width(self.plan, site)) for site in self.sparse]
         with torch.inference_mode(False), torch.no_grad():
             return [
                 torch.zeros(
-                    (slots, site.kv_heads, capacity + SCRATCH, site.head_dim),
+                    (slots, site.kv_heads, length, width),
                     dtype=getattr(torch, site.dtype),
                     device=device,
                 )
-                for site in self.plan.sites
-                for _ in range(2)
+                for site, length, width in sizes
             ]
+
+    @property
+    def sparse(self) -> tuple[Site, ...]:
+        """The layers that choose keys."""
+        return self.plan.sites_of("sparse-suffix")
+
+    def copy(self, source: Sequence[Tensor], target: Sequence[Tensor], length: int) -> None:
+        """What caches hold of the first `length` tokens, and of the key blocks full by then."""
+        blocks = length // self.plan.key_block
+        lengths = [length] * (2 * len(self.plan.sites)) + [blocks] * len(self.sparse)
+        for mine, theirs, count in zip(target, source, lengths, strict=True):
+            mine[:, :, :count] = theirs[:, :, :count]
+
+    def summarise(self, caches: Sequence[Tensor], done: Iterable[tuple[int, int, int]]) -> None:
+        """Summaries of the key blocks that became full: (slot, from, to) in tokens, all final."""
+        size = self.plan.key_block
+        pairs = [(slot, j) for slot, a, b in done for j in range(a // size, b // size)]
+        if not self.sparse or not pairs:
+            return
+        device = caches[0].device
+        slots, blocks = torch.tensor(pairs, device=device).unbind(1)
+        tokens = blocks[:, None] * size + torch.arange(size, device=device)
+        for site, summaries in zip(self.sparse, caches[2 * len(self.plan.sites) :], strict=True):
+            keys = caches[2 * site.index][slots[:, None], :, tokens].transpose(1, 2)
+            made = block_summaries(keys, size, self.plan.block_summary)
+            summaries[slots, :, blocks] = made[:, :, 0]
 
     def merge(self, args: Sequence[Any]) -> None:
         """Copy the merged weights anew; they stay where they are."""
@@ -215,14 +270,21 @@ def _specs(names: Sequence[str], plan: Plan) -> list[InputSpec]:
         "owners": (SEQUENCES,),
         "starts": (SEQUENCES + 1,),
         "lengths": (SEQUENCES,),
+        "weights": (batch, LISTED),
+        "candidates": (SEQUENCES,),
+        "keep": (SEQUENCES,),
         "chosen": (batch, CHOSEN),
         "chosen_starts": (SEQUENCES + 1,),
     }
     return [InputSpec(name, shapes[name]) for name in names]
 
 
+def _summary_width(plan: Plan, site: Site) -> int:
+    return site.head_dim * (2 if plan.block_summary == "bound" else 1)
+
+
 def _cache_specs(plan: Plan) -> list[InputSpec]:
-    return [
+    caches = [
         InputSpec(
             f"{what}_cache_{site.index}",
             (SLOTS, sympy.Integer(site.kv_heads), ROOM, sympy.Integer(site.head_dim)),
@@ -231,6 +293,11 @@ def _cache_specs(plan: Plan) -> list[InputSpec]:
         for site in plan.sites
         for what in ("key", "value")
     ]
+    for site in plan.sites_of("sparse-suffix"):
+        width = sympy.Integer(_summary_width(plan, site))
+        shape = (SLOTS, sympy.Integer(site.kv_heads), KEY_BLOCKS, width)
+        caches.append(InputSpec(f"summaries_{site.index}", shape, static=True))
+    return caches
 
 
 def _merge(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from focus_compile.block_diffusion.programs import RowList
+from focus_compile.block_diffusion.programs import KeyChoice, RowList
 from focus_compile.kernels.compaction.op import compact_rows
 from focus_compile.policies.focus_evict import Yield, last_true, ready
 
@@ -49,6 +49,8 @@ class BlockState:
     padded: bool = False
     """Lists are [S, R], each sequence's rows padded to as many, for a graph of S sequences; else
     [1, R], one sequence after another, for a graph of one."""
+    key_block: int | None = None
+    """Tokens of a key block, where some layers choose keys."""
 
     @classmethod
     def allocate(
@@ -59,6 +61,7 @@ class BlockState:
         mask_token_id: int,
         device: torch.device,
         padded: bool = False,
+        key_block: int | None = None,
     ) -> BlockState:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
@@ -67,7 +70,7 @@ class BlockState:
         return cls(
             mask_token_id, max_length, tokens, torch.ones_like(tokens, dtype=torch.bool),
             zeros(slots), zeros(slots) - 1, zeros(slots), Yield(zeros(slots), zeros(slots)),
-            padded,
+            padded, key_block,
         )  # fmt: skip
 
     @property
@@ -101,10 +104,14 @@ class BlockState:
         """Undecided positions, bool [S, B]."""
         return self.tokens == self.mask_token_id
 
-    def listing(self, rows: int, *, everything: bool, commit_all: bool) -> Listing:
+    def listing(
+        self, rows: int, *, everything: bool, commit_all: bool, keep_ratio: float = 1.0
+    ) -> Listing:
         """The rows of the next step, padded to `rows`: those whose K/V are not final.
 
-        everything: the whole block of every sequence instead; commit_all: of those that commit.
+        everything: the whole block of every sequence instead; commit_all: of those that commit;
+        keep_ratio: share of the finished key blocks that sparse layers read, but where a sequence
+        commits: K/V that are final must come from all keys.
         """
         working = (self.phase > IDLE)[:, None]
         whole = (self.phase == COMMIT)[:, None] & commit_all
@@ -113,6 +120,12 @@ class BlockState:
         owners = torch.arange(self.slots, device=index.device)
         ids, masked = self.tokens.flatten()[index], self.masked().flatten()[index] & real
         row_list = self._row_list(index, real, ids, owners, starts, self._visible(listed))
+        if self.key_block is not None:
+            candidates = torch.where(self.phase > IDLE, self.begin // self.key_block, 0)
+            keep = (candidates.double() * keep_ratio).ceil().long()
+            keep = torch.where(self.phase == COMMIT, candidates, keep)
+            keys = KeyChoice(self._weights(masked), candidates, keep)
+            row_list = replace(row_list, keys=keys)
         return Listing(row_list, index, real, masked)
 
     def narrowed(self, listing: Listing, keep: Tensor, rows: int) -> tuple[Listing, Tensor]:
@@ -133,8 +146,14 @@ class BlockState:
         row_list = self._row_list(
             index, real, listed.row_ids, listed.owners, starts, self._visible(kept)
         )
-        row_list = replace(row_list, rows=listed.rows)
-        return Listing(row_list, index, real, listing.masked[flat] & real), chosen
+        masked = listing.masked[flat] & real
+        keys = None if listed.keys is None else replace(listed.keys, weights=self._weights(masked))
+        row_list = replace(row_list, rows=listed.rows, keys=keys)
+        return Listing(row_list, index, real, masked), chosen
+
+    def _weights(self, masked: Tensor) -> Tensor:
+        """Of the rows' queries in the choice of keys [b, R]: undecided ones count, each once."""
+        return masked.float().view(self.slots if self.padded else 1, -1)
 
     def _list(self, listed: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """index, real and starts of the rows listed [S, B], padded to `rows`."""

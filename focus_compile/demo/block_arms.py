@@ -12,6 +12,7 @@ from torch import Tensor
 
 from focus_compile import demo
 from focus_compile.block_diffusion.batch_generator import BatchGenerator, BlockStep
+from focus_compile.config import COMBINED, EVICTING_POLICIES
 from focus_compile.demo import retrieval
 from focus_compile.demo.retrieval import Example
 from focus_compile.errors import OptionError
@@ -34,18 +35,25 @@ class BlockArm:
     commit: str = "exact"
     rank: str = "difference"
     """What masked rows are ranked by: the "difference" of importances, its "reversed", "random"."""
+    keep_ratio: float = 0.5
+    """With the combined policy, the share of finished key blocks that sparse layers read."""
 
     def set(self, generator: BatchGenerator, seed: int = 0) -> None:
-        """Have an idle generator without CUDA graphs decode in this way."""
+        """Have an idle generator without CUDA graphs decode in this way; one whose layers choose
+        keys, if this arm does."""
         generator.policy, generator.alpha = self.policy, self.alpha
         generator.commit, generator.rank = self.commit, ranking(self.rank, seed)
+        if self.policy == COMBINED:
+            generator.keep_ratio = self.keep_ratio
 
     def options(self) -> dict[str, Any]:
         """As JSON types; alpha and rank where they mean something."""
         found: dict[str, Any] = {"policy": self.policy, "commit": self.commit}
-        if self.policy == "focus-evict":
+        if self.policy in EVICTING_POLICIES:
             alpha = "inf" if math.isinf(self.alpha) else self.alpha
             found |= {"alpha": alpha, "rank": self.rank}
+        if self.policy == COMBINED:
+            found["keep_ratio"] = self.keep_ratio
         return found
 
 

@@ -2,7 +2,8 @@
 
 All arms decode the same questions by the same rule: so many tokens of a sequence a step, or every
 token of at least some probability. Rows are listed while their K/V are not final; those kept go
-past the cut. Random eviction is the control: the same budget, spent without looking.
+past the cut. Random eviction is the control: the same budget, spent without looking. With
+`--policy focus-dllm+evict` the sparse layers also read some finished key blocks only.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from rich.table import Table
 
 from focus_compile.block_diffusion.batch_generator import BatchGenerator
+from focus_compile.config import COMBINED
 from focus_compile.demo import block_arms, environment, retrieval
 from focus_compile.demo.block_arms import BlockArm, BlockQuestions, Responses
 
@@ -49,6 +51,9 @@ class EvictFidelitySettings:
     questions: int = 12
     """Facts asked for in each question: most of the response."""
     alpha: float = 1.5
+    keep_ratios: tuple[float, ...] = ()
+    """Shares of the finished key blocks that sparse layers read, an arm of the combined policy for
+    each."""
     tokens_per_step: tuple[int, ...] = (1, 4)
     """Decode so many tokens of each sequence a step."""
     threshold: float | None = None
@@ -116,6 +121,10 @@ def arms(settings: EvictFidelitySettings) -> list[BlockArm]:
     alpha = settings.alpha
     budgets = sorted({alpha, *ALPHAS}, reverse=True)
     evicting = [BlockArm(_name(budget), "focus-evict", alpha=budget) for budget in budgets]
+    combined = [
+        BlockArm(f"{COMBINED} keys={share:g}", COMBINED, alpha=alpha, keep_ratio=share)
+        for share in settings.keep_ratios
+    ]
     return [
         BlockArm("block diffusion", "block-diffusion"),
         BlockArm("delayed cache", "delayed-cache"),
@@ -123,6 +132,7 @@ def arms(settings: EvictFidelitySettings) -> list[BlockArm]:
         *evicting,
         BlockArm(f"random α={alpha:g}", "focus-evict", alpha=alpha, rank="random"),
         BlockArm(f"worst first α={alpha:g}", "focus-evict", alpha=alpha, rank="reversed"),
+        *combined,
     ]
 
 
@@ -174,6 +184,7 @@ def run(
         block_length=asked.block_length,
         max_length=settings.length,
         max_batch=settings.batch,
+        policy=COMBINED if settings.keep_ratios else "focus-evict",
         alpha=settings.alpha,
         evict_if_faster=False,
         lowering=settings.lowering,

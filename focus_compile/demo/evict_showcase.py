@@ -2,8 +2,9 @@
 
 Three generators decode the same questions side by side: whole blocks in every step, a delayed cache
 (rows leave once their K/V are final), and focus-evict (rows that will not decode now leave after
-the cut as well). Each is compiled and warmed up on all questions first and then timed, the prompts
-apart and without the time that drawing takes. The canvas shows the first question's response.
+the cut as well); if asked for, a fourth whose sparse layers choose keys, too (focus-dllm+evict).
+Each is compiled and warmed up on all questions first and then timed, the prompts apart and without
+the time that drawing takes. The canvas shows the first question's response.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from focus_compile.block_diffusion.batch_generator import BatchGenerator
+from focus_compile.config import COMBINED
 from focus_compile.decode.canvas import Canvas
 from focus_compile.decode.sampler import DecodeProgress
 from focus_compile.demo import block_arms, environment, retrieval
@@ -41,19 +43,24 @@ class EvictShowcaseSettings:
     """Facts asked for in each: most of the response."""
     kind: retrieval.Kind = "needle"
     alpha: float = 1.5
+    keep_ratio: float | None = None
+    """Share of the finished key blocks that the combined policy reads; None: without that arm."""
     tokens_per_step: int | None = 2
     """Decode so many tokens of each sequence a step; None: by the threshold."""
     threshold: float = 1.0
     seed: int = 0
     lowering: str = "inductor"
 
-    def arms(self) -> tuple[BlockArm, BlockArm, BlockArm]:
+    def arms(self) -> tuple[BlockArm, ...]:
         """What is compared; the first is the reference."""
-        return (
+        arms = (
             BlockArm("block-diffusion", "block-diffusion"),
             BlockArm("delayed-cache", "delayed-cache"),
             BlockArm("focus-evict", "focus-evict", alpha=self.alpha),
         )
+        if self.keep_ratio is None:
+            return arms
+        return (*arms, BlockArm(COMBINED, COMBINED, alpha=self.alpha, keep_ratio=self.keep_ratio))
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +180,7 @@ def _run_arm(
             alpha=arm.alpha,
             evict_if_faster=False,
             lowering=settings.lowering,
+            key_options={"keep_ratio": arm.keep_ratio} if arm.policy == COMBINED else None,
         )
         block_arms.set_rule(generator, settings.tokens_per_step, settings.threshold)
         block_arms.decode(generator, tokenizer, examples, settings.gen_length)

@@ -7,6 +7,9 @@ up to the keys and values of one layer, the *cut*; the second takes the rows tha
 rest of it. At the last layer that spares the head the rows whose logits nobody reads (`BuildWhole`,
 one graph). At an early layer it is token eviction (FOCUS, arXiv 2601.23278): there the rows are
 chosen by what the first stage computed, so it is two graphs (`BuildPrefix`, `BuildSuffix`).
+
+In a layer of the sparse suffix (Focus-dLLM, arXiv 2602.02159) the rows of a sequence read some of
+its finished key blocks, which their queries choose anew in every layer, and all that comes after.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from torch import fx
 from focus_compile.errors import PassError
 from focus_compile.kernels.importance import op as _importance  # noqa: F401
 from focus_compile.kernels.ragged_attention import op as _attention  # noqa: F401
+from focus_compile.kernels.ragged_selection import op as _selection  # noqa: F401
+from focus_compile.kernels.ragged_sparse_attention import op as _sparse  # noqa: F401
 from focus_compile.passes.graph_tools import shape_of
 from focus_compile.passes.row_builder import RowBuilder
 from focus_compile.passes.row_values import RowValues
@@ -29,6 +34,7 @@ from focus_compile.plan import Operand, Plan, RowAxes, RowOp, Site
 
 __all__ = [
     "CHOSEN_INPUTS",
+    "KEY_INPUTS",
     "LISTED",
     "LISTED_INPUTS",
     "BuildPrefix",
@@ -36,6 +42,7 @@ __all__ = [
     "BuildWhole",
     "Frontier",
     "frontier_of",
+    "listed_inputs",
 ]
 
 aten = torch.ops.aten
@@ -46,8 +53,17 @@ LISTED_INPUTS = ("row_ids", "rows", "slots", "places", "owners", "starts", "leng
 absolute position of each row. slots, places int64 [b * R]: where its K/V are written, out of reach
 for padding. owners int64 [S]: cache slot of each sequence; starts [S + 1]: where its rows start;
 lengths int64 [S]: the keys that it sees."""
+KEY_INPUTS = ("weights", "candidates", "keep")
+"""Inputs after those where a layer chooses its keys. weights float32 [b, R]: how much each row's
+queries count in the choice; candidates, keep int64 [S]: the key blocks that a sequence can choose
+from, and those that it reads."""
 CHOSEN_INPUTS = ("chosen", "chosen_starts")
 """The rows that go on, int64 [b, K] indices into the list, and where their sequences start."""
+
+
+def listed_inputs(plan: Plan) -> tuple[str, ...]:
+    """Names of a list's inputs."""
+    return (*LISTED_INPUTS, *(KEY_INPUTS if plan.sites_of("sparse-suffix") else ()))
 
 
 @dataclass(frozen=True)
@@ -86,12 +102,24 @@ class _ListedRows(RowBuilder):
     def site(self, node: fx.Node, row: RowOp, site: Site) -> fx.Node:
         key, value = self.write(site, row)
         query = self.flat(self.argument(node.args[0], row))
-        inputs = self.inputs
-        attended = self.values.call(
-            torch.ops.focus_compile.ragged_attention.default,
-            query, key, value, inputs["owners"], inputs[self.stage_starts], inputs["lengths"],
-            self.max_rows, node.args[4],
-        )  # fmt: skip
+        inputs, ops, scale = self.inputs, torch.ops.focus_compile, node.args[4]
+        owners, starts, lengths = inputs["owners"], inputs[self.stage_starts], inputs["lengths"]
+        if site.region == "sparse-suffix":
+            blocks = self.values.call(
+                ops.ragged_select_blocks.default,
+                query, self.weights(), inputs[f"summaries_{site.index}"], owners, starts,
+                inputs["candidates"], inputs["keep"], self.plan.sink_blocks, self.max_rows,
+            )  # fmt: skip
+            attended = self.values.call(
+                ops.ragged_sparse_attention.default,
+                query, key, value, owners, starts, lengths, blocks, inputs["candidates"],
+                self.plan.key_block, self.max_rows, scale,
+            )  # fmt: skip
+        else:
+            attended = self.values.call(
+                ops.ragged_attention.default,
+                query, key, value, owners, starts, lengths, self.max_rows, scale,
+            )  # fmt: skip
         if self.plan.batch == 1:
             return self.values.call(aten.unsqueeze.default, attended, 0)
         sizes = [site.heads, self.values.size(self.plan.batch), -1, site.value_dim]
@@ -107,6 +135,10 @@ class _ListedRows(RowBuilder):
             values = self.values.call(aten.transpose.int, values, 0, 1)
             self.values.call(aten.index_put_.default, cache, at, values)
         return caches
+
+    def weights(self) -> fx.Node:
+        """Of these rows' queries in the choice of keys, [b * R]."""
+        return self.values.call(aten.flatten.using_ints, self.inputs["weights"])
 
     def flat(self, heads: fx.Node) -> fx.Node:
         """[b, H, R, d] as [H, b * R, d]."""
@@ -154,6 +186,15 @@ class _ChosenRows(_ListedRows):
         if self.list_writes:
             return self.listed.write(site, row)
         return self.inputs[f"key_cache_{site.index}"], self.inputs[f"value_cache_{site.index}"]
+
+    def weights(self) -> fx.Node:
+        """In a graph of the second stage alone the input is these rows' own, as `places` is."""
+        if not self.list_writes:
+            return super().weights()
+        chosen = self.values.call(
+            aten.gather.default, self.inputs["weights"], 1, self.inputs["chosen"]
+        )
+        return self.values.call(aten.flatten.using_ints, chosen)
 
 
 @dataclass(frozen=True)
@@ -205,8 +246,9 @@ class BuildWhole(_Build):
     name: ClassVar[str] = "build-whole"
 
     def apply(self, gm: fx.GraphModule) -> fx.GraphModule:
-        """A graph of (model inputs, LISTED_INPUTS, CHOSEN_INPUTS, caches) -> (*outputs)."""
-        listed = _ListedRows(gm, self.plan, (*LISTED_INPUTS, *CHOSEN_INPUTS), self.max_rows)
+        """A graph of (model inputs, listed_inputs, CHOSEN_INPUTS, state) -> (*outputs)."""
+        names = (*listed_inputs(self.plan), *CHOSEN_INPUTS)
+        listed = _ListedRows(gm, self.plan, names, self.max_rows)
         first = self.first_stage(listed)
         chosen = _ChosenRows(listed, first, list_writes=True)
         self.walk(listed, chosen, first)
@@ -220,9 +262,10 @@ class BuildPrefix(_Build):
     name: ClassVar[str] = "build-prefix"
 
     def apply(self, gm: fx.GraphModule) -> fx.GraphModule:
-        """A graph of (model inputs, LISTED_INPUTS, masked [b * R], caches) -> (importance [b * R]
+        """A graph of (model inputs, listed_inputs, masked [b * R], state) -> (importance [b * R]
         in the cut's layer, and in the one before it, *frontier)."""
-        listed = _ListedRows(gm, self.plan, (*LISTED_INPUTS, "masked"), self.max_rows)
+        names = (*listed_inputs(self.plan), "masked")
+        listed = _ListedRows(gm, self.plan, names, self.max_rows)
         first = self.first_stage(listed)
         crossing = frontier_of(gm, self.plan, self.cut)
         for item in crossing:  # the cut's own queries are made here as well
@@ -251,10 +294,10 @@ class BuildSuffix(_Build):
     name: ClassVar[str] = "build-suffix"
 
     def apply(self, gm: fx.GraphModule) -> fx.GraphModule:
-        """A graph of (model inputs, LISTED_INPUTS, CHOSEN_INPUTS, *frontier, caches) ->
-        (*outputs). slots, places and lengths are those of the chosen rows."""
+        """A graph of (model inputs, listed_inputs, CHOSEN_INPUTS, *frontier, state) ->
+        (*outputs). slots, places, lengths and weights are those of the chosen rows."""
         crossing = frontier_of(gm, self.plan, self.cut)
-        names = (*LISTED_INPUTS, *CHOSEN_INPUTS, *(item.input for item in crossing))
+        names = (*listed_inputs(self.plan), *CHOSEN_INPUTS, *(item.input for item in crossing))
         listed = _ListedRows(gm, self.plan, names, self.max_rows)
         first = self.first_stage(listed)
         for item in crossing:

@@ -67,7 +67,8 @@ class _StepBuilder(RowBuilder):
         value = self._write(f"value_cache_{site.index}", new_value)
         call, inputs = self.graph.call_function, self.inputs
         if site.region == "sparse-suffix":
-            assert self.sinks is not None
+            if self.sinks is None:
+                self.sinks = self._first_positions()
             blocks = call(
                 ops.select_blocks.default,
                 (query, inputs["focus_weight"], inputs[f"summaries_{site.index}"],
@@ -88,6 +89,14 @@ class _StepBuilder(RowBuilder):
             )
             return call(operator.getitem, (attended, 0))
         return call(ops.attention.default, (query, key, value, mask, scale))
+
+    def _first_positions(self) -> fx.Node:
+        """The sinks where no layer captures them, [batch, sink_tokens]."""
+        count, device = self.plan.sink_tokens, self.inputs["rows"].meta["device"]
+        first = self.graph.call_function(aten.arange.default, (count,), {"device": device})
+        return self.values.call(
+            aten.expand.default, first, [self.values.size(self.plan.batch), count]
+        )
 
     def _write(self, name: str, rows: fx.Node) -> fx.Node:
         """Active K or V rows into the cache [batch, heads, length, d], in place."""

@@ -9,8 +9,15 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 
-from focus_compile.block_diffusion.batch_generator import BLOCK_POLICIES
-from tests.block_diffusion.tiny import MASK, Watch, decoder, generate, generator, oracle
+from tests.block_diffusion.tiny import (
+    DENSE_POLICIES,
+    MASK,
+    Watch,
+    decoder,
+    generate,
+    generator,
+    oracle,
+)
 from tests.block_oracle import OracleStep, Run
 
 # name of the model, cut: grouped heads, equal heads, one kv head and a later cut
@@ -25,7 +32,7 @@ def choices(draw: st.DrawFn) -> dict[str, Any]:
         "name": name,
         "cut": cut,
         "block_length": draw(st.sampled_from((8, 4))),
-        "policy": draw(st.sampled_from(BLOCK_POLICIES)),
+        "policy": draw(st.sampled_from(DENSE_POLICIES)),
         "alpha": draw(st.sampled_from((1.5, 1.0, 2.5, 8.0, math.inf))),
         "threshold": draw(st.sampled_from((0.3, 0.6, 0.9, 1.0, 0.0))),
         "commit": draw(st.sampled_from(("exact", "delayed"))),
@@ -49,11 +56,11 @@ def same_step(found: Any, expected: OracleStep) -> None:
 
 def compare(choice: dict[str, Any], prompt: list[int], tokens: int, **more: Any) -> Run:
     """One run of each; the rows of all steps, their logits, and the tokens are the same."""
-    options = {name: value for name, value in choice.items() if name != "name"}
-    model = decoder(choice["name"])
-    expected = oracle(model, **options).generate(prompt, tokens)
+    options = {name: value for name, value in choice.items() if name not in ("name", "keys")}
+    model, keys = decoder(choice["name"]), choice.get("keys", {})
+    expected = oracle(model, **options, **keys).generate(prompt, tokens)
     assume(expected.clear)
-    made = generator(model, max_batch=2, **options, **more)
+    made = generator(model, max_batch=2, key_options=keys, **options, **more)
     watch = Watch(made)
     [completion] = generate(made, [prompt], tokens)
     for found, wanted in zip(watch.steps[0], expected.steps, strict=True):

@@ -8,9 +8,15 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
 
-from focus_compile.block_diffusion.batch_generator import BLOCK_POLICIES
 from tests.block_diffusion.test_against_oracle import prompts, same_step
-from tests.block_diffusion.tiny import Watch, decoder, generate, generator, oracle
+from tests.block_diffusion.tiny import (
+    DENSE_POLICIES,
+    Watch,
+    decoder,
+    generate,
+    generator,
+    oracle,
+)
 
 BLOCK = 8
 PROMPTS = [[3, 1, 4, 1, 5], [9] * 16, [2, 7, 1, 8] * 5 + [2], [8, 2]]
@@ -19,7 +25,7 @@ PROMPTS = [[3, 1, 4, 1, 5], [9] * 16, [2, 7, 1, 8] * 5 + [2], [8, 2]]
 @given(
     batch=st.lists(st.tuples(prompts(), st.integers(1, 20)), min_size=2, max_size=5),
     max_batch=st.integers(1, 3),
-    policy=st.sampled_from(BLOCK_POLICIES),
+    policy=st.sampled_from(DENSE_POLICIES),
     alpha=st.sampled_from((1.0, 1.5, 8.0)),
     threshold=st.sampled_from((0.3, 0.6, 0.9)),
     commit=st.sampled_from(("exact", "delayed")),

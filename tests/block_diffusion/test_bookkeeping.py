@@ -9,11 +9,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
-from focus_compile.block_diffusion.batch_generator import BLOCK_POLICIES
 from focus_compile.block_diffusion.state import DECODE, BlockState
 from focus_compile.policies.focus_evict import Yield, last_true, ready
 from tests.block_diffusion.test_against_oracle import compare, prompts
-from tests.block_diffusion.tiny import MASK, Watch, decoder, generate, generator, oracle
+from tests.block_diffusion.tiny import (
+    DENSE_POLICIES,
+    MASK,
+    Watch,
+    decoder,
+    generate,
+    generator,
+    oracle,
+)
 
 BLOCK = 8
 few = settings(
@@ -26,7 +33,7 @@ few = settings(
 
 @given(
     batch=st.lists(prompts(), min_size=1, max_size=3),
-    policy=st.sampled_from(BLOCK_POLICIES[::-1]),
+    policy=st.sampled_from(DENSE_POLICIES[::-1]),
     commit=st.sampled_from(("exact", "delayed")),
     threshold=st.sampled_from((0.3, 0.6, 0.9)),
     alpha=st.sampled_from((1.0, 1.5)),

@@ -26,11 +26,14 @@ from focus_compile.block_diffusion.tracing import (
     call_with_block_mask,
     trace,
 )
+from focus_compile.config import BLOCK_POLICIES, COMBINED
 from tests.block_oracle import BlockOracle
 
 VOCAB = 40
 MASK = VOCAB - 1
 MAX_LENGTH = 48
+DENSE_POLICIES = tuple(policy for policy in BLOCK_POLICIES if policy != COMBINED)
+"""Those under which every layer reads all keys."""
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -135,7 +138,7 @@ class Watch:
         self.listing = listing
 
     def _see_logits(self, outputs: tuple[Tensor, ...]) -> None:
-        self.logits = outputs[self.made.programs.plan.logits][0]
+        self.logits = outputs[self.made.programs.plan.logits][0].clone()
 
     def _advancing(self, advance: Callable[..., None]) -> Callable[..., None]:
         def wrapped(computed: Any, scored: Any, *args: Any, **named: Any) -> None:

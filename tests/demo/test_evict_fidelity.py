@@ -10,6 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from focus_compile.block_diffusion.batch_generator import BatchGenerator
+from focus_compile.config import COMBINED
 from focus_compile.demo import block_arms, evict_fidelity
 from focus_compile.demo.block_arms import BlockArm, BlockQuestions, Responses, Work
 from focus_compile.demo.evict_fidelity import EvictFidelitySettings
@@ -40,6 +42,16 @@ def test_the_arms() -> None:
         "commit": "exact",
         "alpha": 1.5,
         "rank": "random",
+    }
+    *same, combined = evict_fidelity.arms(EvictFidelitySettings(keep_ratios=(0.25,)))
+    assert same == arms
+    assert combined.name == "focus-dllm+evict keys=0.25"
+    assert combined.options() == {
+        "policy": "focus-dllm+evict",
+        "commit": "exact",
+        "alpha": 1.5,
+        "rank": "difference",
+        "keep_ratio": 0.25,
     }
     own = evict_fidelity.arms(EvictFidelitySettings(alpha=4.0))
     assert [arm.alpha for arm in own[3:]] == [math.inf, 4, 3, 2, 1, 4, 4]
@@ -137,11 +149,33 @@ def test_a_small_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(name in console.file.getvalue() for name in names)
 
 
+@pytest.mark.slow
+def test_sparse_keys_keep_the_answers_until_nearly_none_is_read() -> None:
+    """The bundled model, 14 key blocks: half and a quarter of them suffice; sinks alone do not."""
+    model, tokenizer = block_arms.load()
+    asked = BlockQuestions(length=512, gen_length=64, questions=12, block_length=32)
+    questions = asked.make(tokenizer, "needle", 4)
+    generator = BatchGenerator(
+        model, block_length=32, max_length=512, max_batch=4, policy=COMBINED, lowering="eager"
+    )
+    block_arms.set_rule(generator, 4)
+    right = {}
+    for share in (1.0, 0.5, 0.25, 0.0):
+        generator.keep_ratio = share
+        found = block_arms.decode(generator, tokenizer, questions, 64)
+        right[share] = sum(found.marks())
+    assert right[1.0] >= 46
+    assert right[0.5] == right[0.25] == right[1.0]
+    assert right[0.0] < 12
+
+
 def test_an_arm_sets_a_generator() -> None:
     class Idle:
-        policy, alpha, commit, rank = "", 0.0, "", None
+        policy, alpha, commit, rank, keep_ratio = "", 0.0, "", None, 1.0
 
     idle = Idle()
     BlockArm("x", "focus-evict", alpha=2.0, commit="delayed").set(idle)  # type: ignore[arg-type]
     assert (idle.policy, idle.alpha, idle.commit) == ("focus-evict", 2.0, "delayed")
     assert idle.rank is torch.sub
+    BlockArm("x", COMBINED, keep_ratio=0.25).set(idle)  # type: ignore[arg-type]
+    assert idle.keep_ratio == 0.25

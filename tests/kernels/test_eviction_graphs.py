@@ -109,13 +109,16 @@ def compiled(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shared", [True, False])
-def test_the_attention_loop_is_pipelined(shared: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shared", "key_block"), [(True, 0), (False, 0), (True, 32)])
+def test_the_attention_loop_is_pipelined(shared: bool, key_block: int, tmp_path: Path) -> None:
     """As that of `split_kv` is: see test_split_kv_compiled."""
     sizes = {"GROUP": 4, "HEAD_DIM": 128, "BLOCK_D": 128, "BLOCK_M": 64, "BLOCK_N": 64}
     strides = dict.fromkeys(("q_d", "k_d", "v_d", "slot_s", "lengths_s"), 1)
-    fixed = sizes | strides | {"SHARED": shared, "PRECISION": "tf32"}
+    fixed = sizes | strides | {"KEY_BLOCK": key_block, "SHARED": shared, "PRECISION": "tf32"}
     types = dict.fromkeys(("q", "k", "v"), "*bf16") | {"slot": "*i64", "lengths": "*i64"}
+    if key_block == 0:
+        fixed |= {"blocks": None, "candidates": None}
+    types |= dict.fromkeys(("blocks", "candidates"), "*i64")
     types |= {"starts": "*i32", "scale": "fp32", "out": "*fp32" if shared else "*bf16"}
     if shared:
         types["sums"] = "*fp32"

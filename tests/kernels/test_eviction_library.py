@@ -15,6 +15,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from focus_compile.kernels.compaction.op import compact_rows
 from focus_compile.kernels.importance.op import importance
 from focus_compile.kernels.ragged_attention.op import ragged_attention
+from focus_compile.kernels.ragged_selection.op import ragged_select_blocks
+from focus_compile.kernels.ragged_sparse_attention.op import ragged_sparse_attention
 from focus_compile.kernels.row_selection.op import select_rows
 
 PUBLIC = {
@@ -22,8 +24,16 @@ PUBLIC = {
     "select_rows": select_rows,
     "compact_rows": compact_rows,
     "ragged_attention": ragged_attention,
+    "ragged_select_blocks": ragged_select_blocks,
+    "ragged_sparse_attention": ragged_sparse_attention,
 }
-FLOATS = ("importance", "select_rows", "ragged_attention")  # what their first argument is
+FLOATS = (
+    "importance",
+    "select_rows",
+    "ragged_attention",
+    "ragged_select_blocks",
+    "ragged_sparse_attention",
+)  # what their first argument is
 
 
 def arguments(name: str, rows: int = 11, length: int = 23) -> tuple[Any, ...]:
@@ -44,6 +54,29 @@ def arguments(name: str, rows: int = 11, length: int = 23) -> tuple[Any, ...]:
         "select_rows": (normal(rows), masked, torch.arange(rows), starts, target, progress, 16),
         "compact_rows": (masked, starts, rows + 1),
         "ragged_attention": (q, *caches, slot, starts, lengths, 16, 0.3),
+        "ragged_select_blocks": (
+            q,
+            torch.ones(rows),
+            caches[0],
+            slot,
+            starts,
+            lengths,
+            lengths // 2,
+            2,
+            16,
+        ),
+        "ragged_sparse_attention": (
+            q,
+            *caches,
+            slot,
+            starts,
+            lengths,
+            torch.tensor([[0, 3], [-1, -1], [1, -1]]),
+            lengths // 4,
+            4,
+            16,
+            0.3,
+        ),
     }[name]
 
 

@@ -8,7 +8,7 @@ def select_blocks(
     q: Tensor, weight: Tensor, summaries: Tensor, candidates: Tensor, keep: Tensor
 ) -> Tensor:
     """See op.py."""
-    scores = _relevance(q, weight, summaries)
+    scores = relevance(q, weight, summaries)
     kept = candidates.new_full(scores.shape, -1)
     for b, (limit, count) in enumerate(zip(candidates.tolist(), keep.tolist(), strict=True)):
         chosen = highest(scores[b, :limit], count)
@@ -28,7 +28,7 @@ def highest(scores: Tensor, count: int) -> Tensor:
     return indices.sort().values
 
 
-def _relevance(q: Tensor, weight: Tensor, summaries: Tensor) -> Tensor:
+def relevance(q: Tensor, weight: Tensor, summaries: Tensor) -> Tensor:
     """Relevance of every block up to a positive factor a sequence, [B, NB], float32 or better.
 
     Relevance is linear in q, or in its positive and negative parts, so the rows and the heads of

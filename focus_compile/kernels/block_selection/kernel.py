@@ -25,11 +25,16 @@ def select_blocks(
         return candidates.new_empty((batch, blocks))
     parts = torch.empty((batch, kv_heads, blocks), dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
-        _score(q, weight, summaries, parts)
+        score(q, weight, summaries, parts)
         return choose_highest(parts, candidates, keep, blocks)
 
 
-def _score(q: Tensor, weight: Tensor, summaries: Tensor, parts: Tensor) -> None:
+def score(
+    q: Tensor, weight: Tensor, summaries: Tensor, parts: Tensor, slot: Tensor | None = None
+) -> None:
+    """Relevance of every block to each kv head's queries, into parts [B, Hkv, NB] float32.
+
+    slot: [B] int64, where each sequence's summaries are; None: at its own index."""
     batch, heads, rows, width = q.shape
     _, kv_heads, blocks, wide = summaries.shape
     group = heads // kv_heads
@@ -38,7 +43,7 @@ def _score(q: Tensor, weight: Tensor, summaries: Tensor, parts: Tensor) -> None:
     tiles = triton.cdiv(blocks, tile)
     shares = min(triton.cdiv(_PROGRAMS, batch * kv_heads), tiles)
     _score_kernel[(shares, kv_heads, batch)](
-        q, weight, summaries, parts,
+        q, weight, summaries, parts, None if slot is None else slot.contiguous(),
         rows, blocks, triton.cdiv(tiles, shares) * tile,
         *q.stride(), *weight.stride(), *summaries.stride(),
         GROUP=group,
@@ -58,6 +63,7 @@ def _score_kernel(
     weight_ptr: tl.tensor,
     summaries_ptr: tl.tensor,
     parts_ptr: tl.tensor,
+    slot_ptr: tl.tensor | None,
     rows: tl.tensor,
     blocks: tl.tensor,
     share: tl.tensor,
@@ -110,7 +116,10 @@ def _score_kernel(
         pooled_negative = tl.sum(negative, 0)[None, :]
     heads = tl.num_programs(1)
     sequence_ptr = parts_ptr + b * heads * blocks
-    summary_ptr = summaries_ptr + b * summaries_b + head.to(tl.int64) * summaries_h
+    owned = b
+    if slot_ptr is not None:
+        owned = tl.load(slot_ptr + b)
+    summary_ptr = summaries_ptr + owned * summaries_b + head.to(tl.int64) * summaries_h
     summary_ptr += channel[None, :] * summaries_d
     first_block = tl.program_id(0) * share
     for start in tl.range(

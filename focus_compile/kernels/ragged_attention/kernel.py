@@ -3,20 +3,39 @@
 A program takes a tile of (row, query head of the group) pairs of one sequence and one kv head, and
 one share of the sequence's keys; `split_kv` joins the shares. Grid, shares and compiled code depend
 on shapes alone, so a call can be captured in a CUDA graph: each share is cut from lengths[s] on the
-device, and tiles past a sequence's rows end at once.
+device, and tiles past a sequence's rows end at once. What is read is the first keys of the slot, or
+[kept blocks][tail] of `KeyBlocks`.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from focus_compile.kernels.split_kv import LOG2_E, _attend_tile, _launch_join
+from focus_compile.kernels.split_kv import (
+    LOG2_E,
+    _attend_tile,
+    _block_ids,
+    _count_kept,
+    _launch_join,
+    _tokens,
+)
 from focus_compile.kernels.tiling import Tiling, choose_tiling, device_limits, padded
 
 _ROWS = 64  # of a tile: all that a sequence has left, as a rule, once rows were evicted
+
+
+@dataclass(frozen=True)
+class KeyBlocks:
+    """The keys of `ragged_sparse_attention`: blocks [S, any] and candidates [S], contiguous."""
+
+    blocks: Tensor
+    candidates: Tensor
+    key_block: int
 
 
 def ragged_attention(
@@ -31,6 +50,22 @@ def ragged_attention(
     tiling: Tiling | None = None,
 ) -> Tensor:
     """See op.py. tiling: in place of `tiling_for`'s."""
+    return attend(q, k, v, slot, starts, lengths, max_rows, scale, None, tiling)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slot: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    max_rows: int,
+    scale: float,
+    keys: KeyBlocks | None,
+    tiling: Tiling | None,
+) -> Tensor:
+    """`ragged_attention`, or with `keys` `ragged_sparse_attention`; see their op.py."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if starts.shape[0] == 1:
         return out.zero_()
@@ -41,12 +76,12 @@ def ragged_attention(
         q, scale = -q, -scale
     with torch.cuda.device_of(q):
         if tiling.splits == 1:
-            _launch(q, k, v, slot, starts, lengths, max_rows, scale, out, None, tiling)
+            _launch(q, k, v, slot, starts, lengths, max_rows, scale, keys, out, None, tiling)
             return out
         shape = (tiling.splits, 1, *q.shape[:2])
         parts = q.new_empty((*shape, q.shape[2]), dtype=torch.float32)
         sums = q.new_empty((2, *shape), dtype=torch.float32)
-        _launch(q, k, v, slot, starts, lengths, max_rows, scale, parts, sums, tiling)
+        _launch(q, k, v, slot, starts, lengths, max_rows, scale, keys, parts, sums, tiling)
         _launch_join(parts, sums, out, None)
     return out
 
@@ -74,6 +109,7 @@ def _launch(
     lengths: Tensor,
     max_rows: int,
     scale: float,
+    keys: KeyBlocks | None,
     out: Tensor,
     sums: Tensor | None,
     tiling: Tiling,
@@ -83,14 +119,17 @@ def _launch(
     sequences, group = starts.shape[0] - 1, heads // kv_heads
     row_tiles = triton.cdiv(group * min(max_rows, rows), tiling.block_m)
     _attend_share[(row_tiles, tiling.splits, sequences * kv_heads)](
-        *(q, k, v, slot, starts.contiguous(), lengths, out, sums),
+        *(q, k, v, slot, starts.contiguous(), lengths),
+        *((None, None) if keys is None else (keys.blocks, keys.candidates)),
+        *(out, sums),
         *(*q.stride(), *k.stride(), *v.stride(), slot.stride(0), lengths.stride(0)),
-        *(rows, length, kv_heads, scale),
+        *(rows, length, 0 if keys is None else keys.blocks.shape[1], kv_heads, scale),
         GROUP=group,
         HEAD_DIM=width,
         BLOCK_D=padded(width),
         BLOCK_M=tiling.block_m,
         BLOCK_N=tiling.block_n,
+        KEY_BLOCK=0 if keys is None else keys.key_block,
         SHARED=sums is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tiling.warps,
@@ -99,16 +138,18 @@ def _launch(
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["rows", "length", "kv_heads"])
+@triton.jit(do_not_specialize=["rows", "length", "block_slots", "kv_heads"])
 def _attend_share(  # type: ignore[no-untyped-def]
-    q, k, v, slot, starts, lengths, out, sums,
+    q, k, v, slot, starts, lengths, blocks, candidates, out, sums,
     q_h, q_t, q_d, k_s, k_h, k_n, k_d, v_s, v_h, v_n, v_d, slot_s, lengths_s,
-    rows, length, kv_heads, scale,
+    rows, length, block_slots, kv_heads, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEY_BLOCK: tl.constexpr, SHARED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     # fmt: on
     """Attend from one tile of a sequence's pairs to one share of its keys; clear some padding.
+    KEY_BLOCK 0: all of its keys.
 
     out [splits, H, T, d] receives the share's own result. If SHARED, sums [2, splits, H, T]
     receives the highest score, in base 2, and the sum of exp2(score - highest).
@@ -155,24 +196,35 @@ def _attend_share(  # type: ignore[no-untyped-def]
     k += owned * k_s + kv_head * k_h + d[None, :] * k_d
     v += owned * v_s + kv_head * v_h + d[None, :] * v_d
     seen = tl.minimum(tl.maximum(tl.load(lengths + s * lengths_s), 0), length).to(tl.int32)
-    key_tiles = tl.cdiv(seen, BLOCK_N)
+    kept, tail, listed = 0, 0, seen
+    if KEY_BLOCK > 0:
+        blocks += s.to(tl.int64) * block_slots
+        kept = _count_kept(blocks, block_slots)
+        tail = tl.minimum(tl.load(candidates + s) * KEY_BLOCK, seen).to(tl.int32)
+        listed = kept * KEY_BLOCK + seen - tail
+    key_tiles = tl.cdiv(listed, BLOCK_N)
     from_tile, to_tile = split * key_tiles // splits, (split + 1) * key_tiles // splits
-    full = tl.maximum(tl.minimum(to_tile, seen // BLOCK_N), from_tile)
+    full = tl.maximum(tl.minimum(to_tile, listed // BLOCK_N), from_tile)
 
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     n = (from_tile * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)
+    ids = _block_ids(n, blocks, kept, KEY_BLOCK)
     for _ in range(from_tile, full):
+        ahead = _block_ids(n + BLOCK_N, blocks, kept, KEY_BLOCK)
+        tokens = _tokens(n, ids, kept, tail, KEY_BLOCK)
         top, total, acc = _attend_tile(
-            query, factor, k, v, None, n, n >= 0, real, inside, top, total, acc,
+            query, factor, k, v, None, tokens, n >= 0, real, inside, top, total, acc,
             k_n, v_n, 0, "none", PRECISION, HEAD_DIM < BLOCK_D, False,
         )  # fmt: skip
         n += BLOCK_N  # carried, as in `split_kv`
+        ids = ahead
     for tile in tl.range(full, to_tile, num_stages=1):  # the last tile, where not full
         n = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+        tokens = _tokens(n, _block_ids(n, blocks, kept, KEY_BLOCK), kept, tail, KEY_BLOCK)
         top, total, acc = _attend_tile(
-            query, factor, k, v, None, n, n < seen, real, inside, top, total, acc,
+            query, factor, k, v, None, tokens, n < listed, real, inside, top, total, acc,
             k_n, v_n, 0, "none", PRECISION, HEAD_DIM < BLOCK_D, True,
         )  # fmt: skip
 

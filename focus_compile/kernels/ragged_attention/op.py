@@ -44,12 +44,13 @@ def ragged_attention(
         ValueError: shapes that do not fit together, or max_rows < 1.
         TypeError: dtypes that differ, slot or lengths not int64, starts not int32 or int64.
     """
-    _check(q, k, v, slot, starts, lengths, max_rows)
+    check_ragged_attention("ragged_attention", q, k, v, slot, starts, lengths, max_rows)
     out: Tensor = _OP(q, k, v, slot, starts, lengths, max_rows, scale)
     return out
 
 
-def _check(
+def check_ragged_attention(
+    op: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -58,7 +59,7 @@ def _check(
     lengths: Tensor,
     max_rows: int,
 ) -> None:
-    op = "ragged_attention"
+    """Raise ValueError or TypeError unless rows q of ragged sequences can attend to k, v."""
     check(q.dim() == 3, op, "q must have 3 axes")
     check(k.dim() == v.dim() == 4, op, "k and v must have 4 axes")
     check(k.shape == v.shape, op, "k and v differ in shape")
@@ -82,7 +83,7 @@ def _fake(
     max_rows: int,
     scale: float,
 ) -> Tensor:
-    _check(q, k, v, slot, starts, lengths, max_rows)
+    check_ragged_attention("ragged_attention", q, k, v, slot, starts, lengths, max_rows)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
