@@ -8,7 +8,7 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, TypeVar
 
@@ -57,6 +57,11 @@ def _scored_rows(undecided: int, rows: int) -> int:
     """Rows of which a step of `rows` computes logits: few sizes, as each is a graph of its own."""
     quarter = math.ceil(rows / 4)
     return min(max(math.ceil(undecided / quarter), 1) * quarter, rows)
+
+
+def _all_scored(rows: int) -> list[int]:
+    """What `_scored_rows` makes of any number of undecided rows."""
+    return sorted({_scored_rows(undecided, rows) for undecided in range(rows + 1)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,12 +389,15 @@ class BatchGenerator:
         sizes = [rows for rows in all_sizes if rows <= min(most, WARM_ROWS)]
         # The first run of each compiles, the second one captures; idle slots list no rows.
         for rows in sizes or [most]:
-            for scored in {_scored_rows(part, rows) for part in range(1, rows + 1)}:
-                for _ in range(2):
+            for _ in range(2):
+                for scored in _all_scored(rows):
                     self._launch_whole(rows, scored)
-            for kept in sizes if self._may_evict else ():
-                for _ in range(2 if kept <= rows else 0):
-                    self._launch_leaving(rows, kept)
+        pairs = [(rows, kept) for rows in sizes for kept in sizes if kept <= rows]
+        for rows, kept in pairs if self._may_evict else ():
+            # What was kept is the same for all lists: only the first has to make its suffixes.
+            for scored in _all_scored(kept) if rows == kept else [kept]:
+                for _ in range(2):
+                    self._launch_leaving(rows, (kept, scored))
         return self.graphs.captured
 
     @property
@@ -414,18 +422,21 @@ class BatchGenerator:
     def _launch_whole(self, rows: int, scored: int) -> None:
         self._launch(("whole", rows, scored), lambda: self._whole(rows, scored))
 
-    def _launch_leaving(self, rows: int, narrow: int | None = None) -> int:
+    def _launch_leaving(self, rows: int, sizes: tuple[int, int] | None = None) -> int:
         """A step that lists `rows` and goes on with those kept, of which it returns the number.
 
-        narrow: what they are padded to; None: the next rung."""
+        sizes: what the kept rows and those with logits are padded to; None: their next rungs."""
         listing, keep, frontier = self._launch(("prefix", rows), lambda: self._prefix(rows))
-        kept = int(keep.sum())
-        narrow = min(padded_rows(kept), rows) if narrow is None else narrow
+        kept, undecided = torch.stack([keep.sum(), (keep & listing.masked).sum()]).tolist()
+        if sizes is None:
+            narrow = min(padded_rows(kept), rows)
+            sizes = narrow, _scored_rows(undecided, narrow)
+        narrow, scored = sizes
         kept_rows, handed = self._launch(
             ("leave", rows, narrow), lambda: self._leave(listing, keep, frontier, narrow)
         )
-        self._launch(("suffix", narrow), lambda: self._suffix(kept_rows, handed))
-        return kept
+        self._launch(("suffix", narrow, scored), lambda: self._suffix(kept_rows, handed, scored))
+        return int(kept)
 
     def _launch(self, key: Hashable, work: Callable[[], T]) -> T:
         """Run work that depends on nothing but the state, as a CUDA graph."""
@@ -472,24 +483,20 @@ class BatchGenerator:
     ) -> tuple[Listing, list[Tensor]]:
         """The kept rows and their frontier, where the suffix of so many rows reads them."""
         narrow, chosen = self.state.narrowed(listing, keep, rows)
-        own = listing.rows
-        positions = replace(
-            narrow.rows, rows=own.rows[:, chosen[0]], row_ids=own.row_ids[:, chosen[0]]
-        )
-        handed = self.programs.frontier_at(frontier, listing.index.shape[0], chosen[0])
-        listed = positions.inputs()
+        handed = self.programs.run_leave(listing.rows, chosen, frontier)
+        listed = narrow.rows.inputs()
         values = [*listed, narrow.index, narrow.real, narrow.masked, *handed]
         held = self._kept.hold(rows, values)
         flags = held[len(listed) : len(listed) + 3]
         return Listing(RowList.of(held[: len(listed)]), *flags), held[len(listed) + 3 :]
 
-    def _suffix(self, narrow: Listing, frontier: Sequence[Tensor]) -> None:
-        """What `_leave` returned, through the rest of the model."""
-        chosen = torch.arange(narrow.index.shape[0], device=narrow.index.device)[None]
+    def _suffix(self, narrow: Listing, frontier: Sequence[Tensor], scored: int) -> None:
+        """What `_leave` returned, through the rest of the model; logits of the masked rows."""
+        final, chosen = self.state.narrowed(narrow, narrow.masked, scored)
         outputs = self.programs.run_suffix(
-            self._arguments, self.caches, narrow.rows, chosen, narrow.rows.starts, frontier
+            self._arguments, self.caches, narrow.rows, chosen, final.rows.starts, frontier
         )
-        self._decode(narrow, narrow, outputs)
+        self._decode(narrow, final, outputs)
 
     def _decode(self, computed: Listing, scored: Listing, outputs: Sequence[Tensor]) -> None:
         """computed: rows that went through all layers; scored: those that the outputs are of."""

@@ -379,8 +379,10 @@ class BlockDispatcher(Dispatcher):
         counts = (keep & listing.real).view(batch, -1).sum(1).tolist()
         kept = min(bucket_for(max(counts), self.config.buckets, bucket, "cpu"), bucket)
         narrow, chosen = state.narrowed(listing, keep, kept)
+        handed = self.blocks.run_leave(listing.rows, chosen, frontier)
+        everyone = torch.arange(kept, device=held.ids.device).repeat(batch, 1)
         outputs = self.blocks.run_suffix(
-            args, held.caches, narrow.rows, chosen, narrow.rows.starts, frontier
+            args, held.caches, narrow.rows, everyone, narrow.rows.starts, handed
         )
         held.evicted.copy_(state.spread(listing) & ~state.spread(narrow))
         return sum(counts), narrow, outputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -16,7 +16,7 @@ from focus_compile.lowering.program import InputSpec, Program
 from focus_compile.passes.block_step import (
     CHOSEN_INPUTS,
     LISTED,
-    LISTED_INPUTS,
+    BuildLeave,
     BuildPrefix,
     BuildSuffix,
     BuildWhole,
@@ -25,7 +25,7 @@ from focus_compile.passes.block_step import (
 )
 from focus_compile.passes.merge_projections import MergeProjections
 from focus_compile.pipeline import Pipeline, weight_rows
-from focus_compile.plan import Factor, Plan, Site
+from focus_compile.plan import Plan, Site
 from focus_compile.runtime.programs import model_inputs, stacked_shape
 
 __all__ = ["BlockPrograms", "KeyChoice", "RowList"]
@@ -71,8 +71,9 @@ class RowList:
     @classmethod
     def of(cls, inputs: Sequence[Tensor]) -> RowList:
         """The list that has these `inputs`."""
-        listed = len(LISTED_INPUTS)
-        return cls(*inputs[:listed], KeyChoice(*inputs[listed:]) if inputs[listed:] else None)
+        row_ids, rows, slots, places, owners, starts, lengths, *chosen_by = inputs
+        keys = KeyChoice(*chosen_by) if chosen_by else None
+        return cls(row_ids, rows, slots, places, owners, starts, lengths, keys)
 
 
 @dataclass
@@ -88,10 +89,9 @@ class BlockPrograms:
     whole: Program
     prefix: Program
     suffix: Program
+    leave: Program
     merged_of: dict[str, list[tuple[int, ...]]]
     """For each program, the positions of the inputs that its merged weights hold."""
-    handed_axes: tuple[Factor, ...]
-    """Where each value of the frontier carries its rows."""
     _merged: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -113,20 +113,10 @@ class BlockPrograms:
         own = model_inputs(captured, plan)
         state = _cache_specs(plan)
         listed, chosen = _specs(listed_inputs(plan), plan), _specs(CHOSEN_INPUTS, plan)
-        frontier = frontier_of(gm, plan, cut)
-        handed = [InputSpec(item.input, item.shape) for item in frontier]
+        handed = [InputSpec(item.input, item.shape) for item in frontier_of(gm, plan, cut)]
         rows, batch = block_length, plan.batch
-        # The suffix writes the K/V of the chosen rows, whose queries choose keys.
-        own_of_chosen: dict[str, tuple[sympy.Expr, ...]] = {
-            "slots": (batch * CHOSEN,),
-            "places": (batch * CHOSEN,),
-            "weights": (batch, CHOSEN),
-        }
-        at_chosen = [
-            replace(spec, shape=own_of_chosen.get(spec.name, spec.shape)) for spec in listed
-        ]
         graphs = {
-            "whole": BuildWhole(plan, rows, len(plan.sites) - 1).apply(gm),
+            "whole": BuildWhole(plan, rows, cut).apply(gm),
             "prefix": BuildPrefix(plan, rows, cut).apply(gm),
             "suffix": BuildSuffix(plan, rows, cut).apply(gm),
         }
@@ -134,15 +124,21 @@ class BlockPrograms:
         inputs = {
             "whole": [*own, *listed, *chosen, *state],
             "prefix": [*own, *listed, masked, *state],
-            "suffix": [*own, *at_chosen, *chosen, *handed, *state],
+            "suffix": [*own, *listed, *chosen, *handed, *state],
         }
         merged_of: dict[str, list[tuple[int, ...]]] = {}
         for name, graph in graphs.items():
             merged_of[name] = _merge(pipeline, plan, graph, inputs[name])
             pipeline.dump(name, graph)
         made = {name: Program(name, graphs[name], inputs[name], lowering) for name in graphs}
-        axes = tuple(item.axes.token for item in frontier)
-        return cls(plan, made["whole"], made["prefix"], made["suffix"], merged_of, axes)
+        by_rows = {spec.name: spec for spec in (*listed, *chosen)}
+        leave = BuildLeave(plan, rows, cut).apply(gm)
+        pipeline.dump("leave", leave)
+        # A few gathers, which Inductor has nothing to add to.
+        made["leave"] = Program(
+            "leave", leave, [by_rows["rows"], by_rows["chosen"], *handed], "eager"
+        )
+        return cls(plan, made["whole"], made["prefix"], made["suffix"], made["leave"], merged_of)
 
     def allocate(self, slots: int, capacity: int, device: torch.device) -> list[Tensor]:
         """Caches of `slots` sequences of up to `capacity` tokens."""
@@ -220,6 +216,12 @@ class BlockPrograms:
         )
         return at_cut, before, frontier
 
+    def run_leave(
+        self, listed: RowList, chosen: Tensor, frontier: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The frontier of the list's rows `chosen` [b, K]."""
+        return self.leave(listed.rows, chosen, *frontier)
+
     def run_suffix(
         self,
         args: Sequence[Any],
@@ -229,27 +231,19 @@ class BlockPrograms:
         chosen_starts: Tensor,
         frontier: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
-        """The model's outputs [b, K, ...] at the chosen rows; slots and places are theirs."""
+        """The model's outputs [b, K, ...] at the chosen rows of a list that left the cut with this
+        frontier."""
         return self.suffix(
             *args, *listed.inputs(), chosen, chosen_starts, *frontier, *caches,
             *self._weights("suffix"),
         )  # fmt: skip
-
-    def frontier_at(self, frontier: Sequence[Tensor], listed: int, chosen: Tensor) -> list[Tensor]:
-        """The rows `chosen` [K] of the frontier of `listed` rows, as that of K rows (batch 1)."""
-        picked = []
-        for value, token in zip(frontier, self.handed_axes, strict=True):
-            split = value.unflatten(token.axis, (-1, listed, int(token.inner)))
-            rows = split.index_select(token.axis + 1, chosen)
-            picked.append(rows.flatten(token.axis, token.axis + 2))
-        return picked
 
     def _weights(self, program: str) -> list[Tensor]:
         return [self._merged[parts] for parts in self.merged_of[program]]
 
     @property
     def programs(self) -> tuple[Program, ...]:
-        return self.whole, self.prefix, self.suffix
+        return self.whole, self.prefix, self.suffix, self.leave
 
     @property
     def compile_seconds(self) -> float:

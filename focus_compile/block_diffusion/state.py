@@ -144,12 +144,11 @@ class BlockState:
         kept = self._spread(index, real, real, False)
         listed = listing.rows
         row_list = self._row_list(
-            index, real, listed.row_ids, listed.owners, starts, self._visible(kept)
+            index, real, listed.row_ids.flatten()[flat], listed.owners, starts, self._visible(kept)
         )
         masked = listing.masked[flat] & real
         keys = None if listed.keys is None else replace(listed.keys, weights=self._weights(masked))
-        row_list = replace(row_list, rows=listed.rows, keys=keys)
-        return Listing(row_list, index, real, masked), chosen
+        return Listing(replace(row_list, keys=keys), index, real, masked), chosen
 
     def _weights(self, masked: Tensor) -> Tensor:
         """Of the rows' queries in the choice of keys [b, R]: undecided ones count, each once."""

@@ -6,7 +6,8 @@ an inner structure (`kernels.ragged`). A program has two stages. The first compu
 up to the keys and values of one layer, the *cut*; the second takes the rows that go on through the
 rest of it. At the last layer that spares the head the rows whose logits nobody reads (`BuildWhole`,
 one graph). At an early layer it is token eviction (FOCUS, arXiv 2601.23278): there the rows are
-chosen by what the first stage computed, so it is two graphs (`BuildPrefix`, `BuildSuffix`).
+chosen by what the first stage computed, so it is two graphs and the way from one to the other
+(`BuildPrefix`, `BuildLeave`, `BuildSuffix`).
 
 In a layer of the sparse suffix (Focus-dLLM, arXiv 2602.02159) the rows of a sequence read some of
 its finished key blocks, which their queries choose anew in every layer, and all that comes after.
@@ -14,7 +15,7 @@ its finished key blocks, which their queries choose anew in every layer, and all
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -37,6 +38,7 @@ __all__ = [
     "KEY_INPUTS",
     "LISTED",
     "LISTED_INPUTS",
+    "BuildLeave",
     "BuildPrefix",
     "BuildSuffix",
     "BuildWhole",
@@ -127,14 +129,18 @@ class _ListedRows(RowBuilder):
         return self.values.call(aten.transpose.int, attended, 0, 1)
 
     def write(self, site: Site, row: RowOp) -> tuple[fx.Node, fx.Node]:
-        """The site's caches [slots, Hkv, N, d], with the K and V of these rows in them."""
-        caches = self.inputs[f"key_cache_{site.index}"], self.inputs[f"value_cache_{site.index}"]
+        """The site's caches, with the K and V of these rows in them."""
+        caches = self.caches(site)
         at = [self.inputs["slots"], None, self.inputs["places"]]
         for cache, name in zip(caches, (site.key, site.value), strict=True):
             values = self.flat(self.argument(self.by_name[name], row))
             values = self.values.call(aten.transpose.int, values, 0, 1)
             self.values.call(aten.index_put_.default, cache, at, values)
         return caches
+
+    def caches(self, site: Site) -> tuple[fx.Node, fx.Node]:
+        """Keys and values of all sequences, [slots, Hkv, N, d] each."""
+        return self.inputs[f"key_cache_{site.index}"], self.inputs[f"value_cache_{site.index}"]
 
     def weights(self) -> fx.Node:
         """Of these rows' queries in the choice of keys, [b * R]."""
@@ -148,15 +154,36 @@ class _ListedRows(RowBuilder):
         return self.values.call(aten.flatten.using_ints, heads, 1, 2)
 
 
+class _GoingOn(_ListedRows):
+    """A list behind a cut: `active` begins with what crossed it, and its K/V are written."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        plan: Plan,
+        inputs: Sequence[str],
+        max_rows: int,
+        written: set[str],
+    ) -> None:
+        """written: nodes before the cut."""
+        super().__init__(gm, plan, inputs, max_rows)
+        self.written = written
+
+    def write(self, site: Site, row: RowOp) -> tuple[fx.Node, fx.Node]:
+        if site.key in self.written:
+            return self.caches(site)
+        return super().write(site, row)
+
+
 class _ChosenRows(_ListedRows):
     """Row ops at those rows of the list that go on; values of the list are selected once each."""
 
     stage_starts = "chosen_starts"
 
-    def __init__(self, listed: _ListedRows, first: set[str], list_writes: bool) -> None:
-        """first: nodes of the first stage; list_writes: whether that stage is in this graph."""
+    def __init__(self, listed: _ListedRows, first: set[str]) -> None:
+        """first: nodes of the first stage."""
         self.__dict__.update(listed.__dict__)
-        self.listed, self.first, self.list_writes = listed, first, list_writes
+        self.listed, self.first = listed, first
         self.active = {}
         rows, chosen = self.inputs["rows"], self.inputs["chosen"]
         batch, length, ids = self.plan.batch, self.plan.length, self.full[self.ids]
@@ -181,16 +208,11 @@ class _ChosenRows(_ListedRows):
         return super().at_rows(node, axes)
 
     def write(self, site: Site, row: RowOp) -> tuple[fx.Node, fx.Node]:
-        if site.key not in self.first:
-            return super().write(site, row)
-        if self.list_writes:
+        if site.key in self.first:
             return self.listed.write(site, row)
-        return self.inputs[f"key_cache_{site.index}"], self.inputs[f"value_cache_{site.index}"]
+        return super().write(site, row)
 
     def weights(self) -> fx.Node:
-        """In a graph of the second stage alone the input is these rows' own, as `places` is."""
-        if not self.list_writes:
-            return super().weights()
         chosen = self.values.call(
             aten.gather.default, self.inputs["weights"], 1, self.inputs["chosen"]
         )
@@ -206,14 +228,18 @@ class _Build:
     max_rows: int
     cut: int
 
-    def first_stage(self, rows: RowBuilder) -> set[str]:
+    def first_stage(self, rows: RowBuilder, cut: int) -> set[str]:
+        """What is computed up to the keys and values of a layer."""
         sites = self.plan.sites
-        if not 1 <= self.cut < len(sites):
-            raise PassError(
-                f"rows cannot leave at layer {self.cut} of {len(sites)}; set evict_layer"
-            )
-        names = [sites[self.cut].key, sites[self.cut].value]
-        return rows.ancestors(names + [site.node for site in sites[: self.cut]])
+        if not 1 <= cut < len(sites):
+            raise PassError(f"rows cannot leave at layer {cut} of {len(sites)}; set evict_layer")
+        names = [sites[cut].key, sites[cut].value]
+        return rows.ancestors(names + [site.node for site in sites[:cut]])
+
+    @property
+    def last(self) -> int:
+        """The layer behind whose keys and values only rows with logits go on."""
+        return len(self.plan.sites) - 1
 
     def needed_in_full(self, rows: _ListedRows) -> set[str]:
         """What rows are selected from, but for the ids, which come by row, and the masks."""
@@ -226,15 +252,22 @@ class _Build:
             )
         return needed
 
-    def walk(self, listed: _ListedRows | None, chosen: _ListedRows | None, first: set[str]) -> None:
-        """Build the ops of the stages that are given, and in full what their rows come from."""
-        some = listed or chosen
-        assert some is not None
-        needed = self.needed_in_full(some)
-        for node in some.gm.graph.nodes:
-            if node.name in needed and node.name not in some.full:
-                some.full[node.name] = some.copy(node)
-            if node.name in some.rows_of:
+    def walk(
+        self,
+        listed: _ListedRows,
+        chosen: _ListedRows | None,
+        first: set[str],
+        before: Set[str] = frozenset(),
+    ) -> None:
+        """Build the ops of both stages, and in full what their rows come from.
+
+        chosen: None builds the first one only; before: ops that neither has.
+        """
+        needed = self.needed_in_full(listed)
+        for node in listed.gm.graph.nodes:
+            if node.name in needed and node.name not in listed.full:
+                listed.full[node.name] = listed.copy(node)
+            if node.name in listed.rows_of and node.name not in before:
                 rows = listed if node.name in first else chosen
                 if rows is not None:
                     rows.active[node.name] = rows.row_op(node, rows.rows_of[node.name])
@@ -249,8 +282,8 @@ class BuildWhole(_Build):
         """A graph of (model inputs, listed_inputs, CHOSEN_INPUTS, state) -> (*outputs)."""
         names = (*listed_inputs(self.plan), *CHOSEN_INPUTS)
         listed = _ListedRows(gm, self.plan, names, self.max_rows)
-        first = self.first_stage(listed)
-        chosen = _ChosenRows(listed, first, list_writes=True)
+        first = self.first_stage(listed, self.last)
+        chosen = _ChosenRows(listed, first)
         self.walk(listed, chosen, first)
         return chosen.finish()
 
@@ -266,7 +299,7 @@ class BuildPrefix(_Build):
         in the cut's layer, and in the one before it, *frontier)."""
         names = (*listed_inputs(self.plan), "masked")
         listed = _ListedRows(gm, self.plan, names, self.max_rows)
-        first = self.first_stage(listed)
+        first = self.first_stage(listed, self.cut)
         crossing = frontier_of(gm, self.plan, self.cut)
         for item in crossing:  # the cut's own queries are made here as well
             first |= listed.ancestors([item.node])
@@ -288,23 +321,47 @@ class BuildPrefix(_Build):
         )  # fmt: skip
 
 
+class BuildLeave(_Build):
+    """What the rows that stay carry over the cut."""
+
+    name: ClassVar[str] = "build-leave"
+
+    def apply(self, gm: fx.GraphModule) -> fx.GraphModule:
+        """A graph of (rows [b, R], chosen [b, K], *frontier of the list) -> (*frontier of the
+        chosen rows)."""
+        graph = fx.Graph()
+        rows, chosen = graph.placeholder("rows"), graph.placeholder("chosen")
+        between = RowValues(graph, chosen, rows, self.plan.batch, LISTED)
+        picked = []
+        for item in frontier_of(gm, self.plan, self.cut):
+            shape = list(item.shape)
+            operand = Operand(item.node, "gather", item.axes, len(shape))
+            picked.append(between.select(graph.placeholder(item.input), shape, operand))
+        graph.output(tuple(picked))
+        graph.lint()
+        return fx.GraphModule(gm, graph)
+
+
 class BuildSuffix(_Build):
-    """The chosen rows from the cut's attention on. Does not change the graph."""
+    """A list of rows that stayed, from the cut's attention on, and logits of the chosen ones. Does
+    not change the graph."""
 
     name: ClassVar[str] = "build-suffix"
 
     def apply(self, gm: fx.GraphModule) -> fx.GraphModule:
-        """A graph of (model inputs, listed_inputs, CHOSEN_INPUTS, *frontier, state) ->
-        (*outputs). slots, places, lengths and weights are those of the chosen rows."""
+        """A graph of (model inputs, listed_inputs, CHOSEN_INPUTS, *frontier, state) -> (*outputs),
+        whose list are the rows that stayed."""
         crossing = frontier_of(gm, self.plan, self.cut)
         names = (*listed_inputs(self.plan), *CHOSEN_INPUTS, *(item.input for item in crossing))
-        listed = _ListedRows(gm, self.plan, names, self.max_rows)
-        first = self.first_stage(listed)
+        before: set[str] = set()
+        listed = _GoingOn(gm, self.plan, names, self.max_rows, before)
+        before |= self.first_stage(listed, self.cut)
         for item in crossing:
-            first |= listed.ancestors([item.node])
+            before |= listed.ancestors([item.node])
             listed.active[item.node] = listed.inputs[item.input]
-        chosen = _ChosenRows(listed, first, list_writes=False)
-        self.walk(None, chosen, first)
+        first = self.first_stage(listed, self.last)
+        chosen = _ChosenRows(listed, first | before)
+        self.walk(listed, chosen, first, before)
         return chosen.finish()
 
 

@@ -20,6 +20,7 @@ from focus_compile.passes.block_causality import block_causal_mask
 from focus_compile.passes.block_step import (
     CHOSEN_INPUTS,
     LISTED_INPUTS,
+    BuildLeave,
     BuildPrefix,
     BuildSuffix,
     BuildWhole,
@@ -130,11 +131,15 @@ class Programs:
         return self.made.run_prefix(self.args, self.caches, block, masked)
 
     def suffix(
-        self, block: RowList, chosen: Tensor, starts: Tensor, frontier: list[Tensor]
+        self, block: RowList, chosen: Tensor, starts: Tensor, frontier: Sequence[Tensor]
     ) -> Tensor:
         """Logits [K, V]."""
         outputs = self.made.run_suffix(self.args, self.caches, block, chosen, starts, frontier)
         return outputs[self.made.plan.logits][0]
+
+    def leave(self, block: RowList, chosen: list[int], frontier: Sequence[Tensor]) -> Any:
+        """The frontier of some rows of a list."""
+        return self.made.run_leave(block, torch.tensor([chosen]), frontier)
 
 
 def fill(programs: Programs, given: Sequences) -> None:
@@ -227,9 +232,13 @@ def test_rows_that_leave_change_only_the_deeper_layers(
     whole = [cache.clone() for cache in programs.caches]
     for cache, old in zip(programs.caches[2 * cut + 2 :], before[2 * cut + 2 :], strict=True):
         cache.copy_(old)
-    narrow = replace(listed(given_, kept, extents, 0), rows=block.rows, row_ids=block.row_ids)
+    narrow = listed(given_, kept, extents, 0)
     chosen = [at * BLOCK + i for at in range(count) for i in sorted(keep[at])]
-    programs.suffix(narrow, torch.tensor([chosen]), narrow.starts, frontier)
+    handed = programs.leave(block, chosen, frontier)
+    logits = programs.suffix(narrow, *everything(narrow), handed)
+    last = torch.tensor([sum(map(len, kept[: at + 1])) - 1 for at in range(count)])
+    some = programs.suffix(narrow, last[None], torch.arange(count + 1), handed)
+    close(some, logits[last])
     for at, (slot, done) in enumerate(zip(given_.slots, given_.done, strict=True)):
         own = [p - done for p in kept[at]]
         gone = [i for i in range(BLOCK) if i not in own]
@@ -301,7 +310,7 @@ def test_the_model_graph_is_not_changed() -> None:
     model = traced()
     before = str(model.graph.graph)
     for build in (BuildWhole(model.plan, BLOCK, 2), BuildPrefix(model.plan, BLOCK, 1),
-                  BuildSuffix(model.plan, BLOCK, 1)):  # fmt: skip
+                  BuildLeave(model.plan, BLOCK, 1), BuildSuffix(model.plan, BLOCK, 1)):  # fmt: skip
         build.apply(model.graph)
     assert str(model.graph.graph) == before
 
