@@ -25,7 +25,7 @@ from tests.compiled import compiled
 
 KEYS: dict[str, Any] = {"key_block": 4, "sink_tokens": 3, "dense_layers": 1}
 few = settings(
-    max_examples=8,
+    max_examples=6,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=list(HealthCheck),
@@ -182,10 +182,9 @@ def test_each_sequence_is_decoded_as_alone(
             same_step(found, step)
 
 
-@pytest.mark.parametrize("threshold", [0.3, 0.9])
-def test_a_generator_s_limits(threshold: float) -> None:
+def test_a_generator_s_limits() -> None:
     """A share of 1 is focus-evict; an endless budget evicts nothing, whatever keys are read."""
-    options: dict[str, Any] = {"block_length": 8, "max_batch": 2, "threshold": threshold}
+    options: dict[str, Any] = {"block_length": 8, "max_batch": 2, "threshold": 0.6}
     dense = generator(decoder("qwen3"), **options)
     sparse = generator(decoder("qwen3"), policy=COMBINED, key_options=KEYS, **options)
 

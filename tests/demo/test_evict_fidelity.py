@@ -151,22 +151,21 @@ def test_a_small_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_sparse_keys_keep_the_answers_until_nearly_none_is_read() -> None:
-    """The bundled model, 14 key blocks: half and a quarter of them suffice; sinks alone do not."""
+    """The bundled model, 14 key blocks: a quarter of them suffices; sinks alone do not."""
     model, tokenizer = block_arms.load()
     asked = BlockQuestions(length=512, gen_length=64, questions=12, block_length=32)
-    questions = asked.make(tokenizer, "needle", 4)
+    questions = asked.make(tokenizer, "needle", 2)
     generator = BatchGenerator(
-        model, block_length=32, max_length=512, max_batch=4, policy=COMBINED, lowering="eager"
+        model, block_length=32, max_length=512, max_batch=2, policy=COMBINED, lowering="eager"
     )
     block_arms.set_rule(generator, 4)
     right = {}
-    for share in (1.0, 0.5, 0.25, 0.0):
+    for share in (1.0, 0.25, 0.0):
         generator.keep_ratio = share
         found = block_arms.decode(generator, tokenizer, questions, 64)
         right[share] = sum(found.marks())
-    assert right[1.0] >= 46
-    assert right[0.5] == right[0.25] == right[1.0]
-    assert right[0.0] < 12
+    assert right[0.25] == right[1.0] >= 22
+    assert right[0.0] < 6
 
 
 def test_an_arm_sets_a_generator() -> None:

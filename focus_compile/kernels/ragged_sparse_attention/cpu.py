@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from focus_compile.kernels.attention.cpu import attention
+from focus_compile.kernels.sparse_attention.cpu import gather_keys
 
 
 def ragged_sparse_attention(
@@ -30,12 +31,13 @@ def ragged_sparse_attention(
         rows, length = slice(bounds[s], bounds[s + 1]), min(length, k.shape[2])
         if rows.stop == rows.start or length <= 0:
             continue
-        key, value = k[owned, :, :length], v[owned, :, :length]
+        key, value = k[owned, None], v[owned, None]
         kept = ids[ids >= 0]
         if kept.shape[0] < limit:
             of_blocks = (kept[:, None] * key_block + offsets).flatten()
             after = torch.arange(limit * key_block, length, device=k.device)
-            keys = torch.cat([of_blocks, after])
-            key, value = key.index_select(1, keys), value.index_select(1, keys)
-        out[:, rows] = attention(q[None, :, rows], key[None], value[None], None, scale)[0]
+            key, value = gather_keys(key, value, torch.cat([of_blocks, after])[None])
+        else:
+            key, value = key[:, :, :length], value[:, :, :length]
+        out[:, rows] = attention(q[None, :, rows], key, value, None, scale)[0]
     return out

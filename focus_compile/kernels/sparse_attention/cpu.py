@@ -37,7 +37,7 @@ def sparse_attention(
         mask = _gather_mask(mask, keys)
     if min(counts) < max(counts):
         mask = _hide_padding(mask, counts, keys)
-    return attention(q, *_gather(k, v, keys), mask, scale)
+    return attention(q, *gather_keys(k, v, keys), mask, scale)
 
 
 def _keys_read(
@@ -55,7 +55,7 @@ def _keys_read(
     return torch.frombuffer(read, dtype=torch.bool, count=length).nonzero().squeeze(1)
 
 
-def _gather(k: Tensor, v: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+def gather_keys(k: Tensor, v: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Rows `keys` [B, M] of the caches [B, Hkv, T, d], contiguous [B, Hkv, M, d].
 
     Rows of a matrix are what torch gathers fastest: a contiguous cache is one matrix.
