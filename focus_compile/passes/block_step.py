@@ -28,7 +28,7 @@ from focus_compile.kernels.importance import op as _importance  # noqa: F401
 from focus_compile.kernels.ragged_attention import op as _attention  # noqa: F401
 from focus_compile.kernels.ragged_selection import op as _selection  # noqa: F401
 from focus_compile.kernels.ragged_sparse_attention import op as _sparse  # noqa: F401
-from focus_compile.passes.graph_tools import shape_of
+from focus_compile.passes.graph_tools import shape_of, tensor_of
 from focus_compile.passes.row_builder import RowBuilder
 from focus_compile.passes.row_values import RowValues
 from focus_compile.plan import Operand, Plan, RowAxes, RowOp, Site
@@ -331,6 +331,10 @@ class BuildLeave(_Build):
         chosen rows)."""
         graph = fx.Graph()
         rows, chosen = graph.placeholder("rows"), graph.placeholder("chosen")
+        ids = tensor_of(gm.graph.find_nodes(op="placeholder")[self.plan.ids.position])
+        assert ids is not None
+        for node in (rows, chosen):
+            node.meta["device"] = ids.device
         between = RowValues(graph, chosen, rows, self.plan.batch, LISTED)
         picked = []
         for item in frontier_of(gm, self.plan, self.cut):

@@ -76,7 +76,7 @@ def test_programs_get_the_sizes_that_they_declare(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Program, "__call__", check)
     made = evicting(max_batch=3)
     generate(made, [[1] * BLOCK, [2] * 2 * BLOCK, [3] * BLOCK], 2 * BLOCK)
-    assert {name for name, _ in called} == {"whole", "prefix", "suffix"}
+    assert {name for name, _ in called} == {"whole", "prefix", "leave", "suffix"}
     suffix = [sizes for name, sizes in called if name == "suffix"]
     assert any(sizes["listed_rows"] > sizes["chosen_rows"] for sizes in suffix)
 

@@ -229,17 +229,16 @@ def test_rows_that_leave_change_only_the_deeper_layers(
     kept = [[given_.done[at] + i for i in sorted(keep[at])] for at in range(count)]
     extents = [own[-1] + 1 for own in kept]
     # All in front of the last kept row must have been computed: the rest of the block first.
-    programs.suffix(block, *everything(block), frontier)
+    logits = programs.suffix(block, *everything(block), frontier)
+    last = torch.arange(1, count + 1) * BLOCK - 1
+    close(programs.suffix(block, last[None], torch.arange(count + 1), frontier), logits[last])
     whole = [cache.clone() for cache in programs.caches]
     for cache, old in zip(programs.caches[2 * cut + 2 :], before[2 * cut + 2 :], strict=True):
         cache.copy_(old)
     narrow = listed(given_, kept, extents, 0)
     chosen = [at * BLOCK + i for at in range(count) for i in sorted(keep[at])]
     handed = programs.leave(block, chosen, frontier)
-    logits = programs.suffix(narrow, *everything(narrow), handed)
-    last = torch.tensor([sum(map(len, kept[: at + 1])) - 1 for at in range(count)])
-    some = programs.suffix(narrow, last[None], torch.arange(count + 1), handed)
-    close(some, logits[last])
+    programs.suffix(narrow, *everything(narrow), handed)
     for at, (slot, done) in enumerate(zip(given_.slots, given_.done, strict=True)):
         own = [p - done for p in kept[at]]
         gone = [i for i in range(BLOCK) if i not in own]
