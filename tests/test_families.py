@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import focus_compile
 from focus_compile.fallback import FocusWarning
+from tests import versions
 from tests.compiled import compiled, run_call, seen_steps
 from tests.graphs import rows_alone, trace
 from tests.models import IMPLEMENTATIONS, STOCK, build_stock
@@ -43,7 +44,9 @@ def families() -> list[Any]:
     for name in STOCK:
         for implementation in IMPLEMENTATIONS:
             slow = implementation != "sdpa" and (name, implementation) != ("bert", "eager")
-            marks = pytest.mark.slow if slow else ()
+            marks = [pytest.mark.slow] * slow
+            if implementation == "flex_attention":
+                marks.append(versions.flex_attention)
             cases.append(pytest.param(name, implementation, marks=marks))
     return cases
 

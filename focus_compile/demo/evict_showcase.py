@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from focus_compile.block_diffusion.batch_generator import BatchGenerator
+from focus_compile.block_diffusion.block_model import BlockModel
 from focus_compile.config import COMBINED
 from focus_compile.decode.canvas import Canvas
 from focus_compile.decode.sampler import DecodeProgress

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from focus_compile.block_diffusion.batch_generator import BatchGenerator
 from focus_compile.passes.block_causality import block_causal_mask
+from tests import versions
 from tests.compiled import compiled, run_call, seen_steps
 from tests.graphs import rows_alone, trace
 from tests.models import build_stock
@@ -309,6 +310,7 @@ REFUSED: dict[str, tuple[Hook, str]] = {
 }  # fmt: skip
 
 
+@versions.grouped_experts
 @pytest.mark.parametrize("name", ACCEPTED)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_mixtures_are_accepted(name: str, batch: int) -> None:
