@@ -7,60 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-VOCAB = 40
-MASK_TOKEN_ID = VOCAB - 1
-IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
+from focus_compile.coverage import FAMILIES, IMPLEMENTATIONS, MASK, VOCABULARY, build
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-}
-_SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}
-_DECODER = {"num_key_value_heads": 1, "use_cache": False, "is_causal": False}
-_EXPERTS = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-    "decoder_sparse_step": 1,
-    "norm_topk_prob": True,
-}
+__all__ = ["IMPLEMENTATIONS", "MASK_TOKEN_ID", "STOCK", "VOCAB", "build_stock"]
 
-# name -> (prefix of the config's class, model class, options beside the common ones)
-_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "eurobert": (
-        "EuroBert",
-        "EuroBertForMaskedLM",
-        {**_SPECIAL, "num_key_value_heads": 1, "mask_token_id": MASK_TOKEN_ID},
-    ),
-    "bert": ("Bert", "BertForMaskedLM", {}),
-    "roberta": ("Roberta", "RobertaForMaskedLM", {}),
-    "modernbert": (
-        "ModernBert",
-        "ModernBertForMaskedLM",
-        {
-            **_SPECIAL,
-            "cls_token_id": 1,
-            "sep_token_id": 2,
-            "local_attention": 16,
-            "global_attn_every_n_layers": 3,
-        },
-    ),
-    "llama": ("Llama", "LlamaForCausalLM", _DECODER),
-    "qwen2": ("Qwen2", "Qwen2ForCausalLM", _DECODER),
-    "qwen3": ("Qwen3", "Qwen3ForCausalLM", {**_DECODER, "head_dim": 16}),
-    "qwen3_moe": ("Qwen3Moe", "Qwen3MoeForCausalLM", {**_DECODER, **_EXPERTS, "head_dim": 16}),
-    "qwen2_moe": (
-        "Qwen2Moe",
-        "Qwen2MoeForCausalLM",
-        {**_DECODER, **_EXPERTS, "shared_expert_intermediate_size": 24},
-    ),
-}
-STOCK = tuple(_MODELS)
+VOCAB, MASK_TOKEN_ID = VOCABULARY, MASK
+STOCK = tuple(FAMILIES)
 
 
 def build_stock(
@@ -77,15 +29,9 @@ def build_stock(
     weights under every implementation. The MoE's routing is discontinuous: no rounding bound
     holds where two experts nearly tie.
     """
-    import transformers
-
-    prefix, model_class, own = _MODELS[name]
-    config = getattr(transformers, f"{prefix}Config")(**{**_COMMON, **own, **options})
-    model = getattr(transformers, model_class)._from_config(
-        config, attn_implementation=implementation
-    )
+    model = build(name, implementation, **options)
     if name.endswith("_moe"):
-        model.set_experts_implementation("batched_mm")  # grouped_mm knows no float64
+        model.set_experts_implementation("batched_mm")  # type: ignore[operator] # grouped_mm knows no float64
     _draw(model, torch.Generator().manual_seed(seed))
     model.to(dtype).eval()
     return model
