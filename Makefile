@@ -9,7 +9,8 @@ VENV   ?= .venv
 #   make setup VENV_FLAGS=--system-site-packages       (use the torch the machine already has)
 TORCH  ?= torch==2.13.0
 VENV_FLAGS ?=
-PYTEST_FLAGS ?= -n 2
+# By file: tests of a file share models that are traced and compiled once a worker.
+PYTEST_FLAGS ?= -n 2 --dist loadfile
 DEMO_FLAGS ?=
 
 BIN   := $(VENV)/bin

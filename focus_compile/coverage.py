@@ -122,7 +122,7 @@ def build(name: str, implementation: str = "sdpa", **options: Any) -> nn.Module:
     import transformers
 
     family = FAMILIES[name]
-    own = {**_COMMON, **family.options, **({"is_causal": False} if family.decoder else {})}
+    own = {**_COMMON, **({"is_causal": False} if family.decoder else {}), **family.options}
     config = getattr(transformers, f"{family.prefix}Config")(**{**own, **options})
     made: nn.Module = getattr(transformers, family.model)._from_config(
         config, attn_implementation=implementation
