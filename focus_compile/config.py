@@ -6,20 +6,23 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from focus_compile.errors import OptionError
 from focus_compile.fallback import warn_once
+from focus_compile.settings_file import SETTINGS, Settings, settings_in
 
 __all__ = [
     "BLOCK_POLICIES",
     "COMBINED",
     "EVICTING_POLICIES",
     "POLICIES",
+    "TORCH_MODES",
     "VERIFY",
     "FocusConfig",
+    "options_from_text",
     "verify_level",
 ]
 
@@ -28,8 +31,12 @@ COMBINED = "focus-dllm+evict"
 EVICTING_POLICIES = ("focus-evict", COMBINED)
 BLOCK_POLICIES = (*EVICTING_POLICIES, "delayed-cache", "block-diffusion")
 """Policies for block-causal models, whose ids grow by a block."""
-POLICIES = ("focus-dllm", "dual-cache", "prefix-cache", *BLOCK_POLICIES, "exact")
-REFRESH_WORDS = ("block", "every-step")
+LOSSLESS = "lossless"
+"""Steps answer only where they are sure; all other calls are dense."""
+POLICIES = ("focus-dllm", "dual-cache", "prefix-cache", LOSSLESS, *BLOCK_POLICIES, "exact")
+TORCH_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+"""What Inductor knows by `mode=`: graphs that always run exactly are compiled so."""
+REFRESH_WORDS = ("block", "adaptive", "every-step")
 BLOCK_SUMMARIES = ("bound", "mean")
 LOGITS_ROWS = ("all", "response")
 LOWERINGS = ("inductor", "eager")
@@ -70,6 +77,9 @@ class FocusConfig:
     dense_if_faster: bool | None = None
     """Read all keys in every layer where choosing some takes longer: both are timed on the device
     when the model is compiled, and `explain` gives the figures. None: on a GPU."""
+    list_reuse: int = 1
+    """Steps that read the key blocks and sinks which the first of them chose; a refresh chooses
+    anew."""
     sink_tokens: int = 16
     """Prompt positions kept in every sparse layer because they attract attention."""
     key_block: int = 32
@@ -77,7 +87,23 @@ class FocusConfig:
     block_summary: str = "bound"
     """What a key block is judged by: "bound" (its keys' bounding box) or "mean" (their mean)."""
     refresh: str | int = "block"
-    """When all rows are recomputed: at decode "block" entry, at "every-step", or every n calls."""
+    """When all rows are recomputed: at decode "block" entry, at "every-step", or every n calls.
+    "adaptive": at block entry, where recomputing some of the prompt leaves too large an error."""
+    tolerance: float = 0.2
+    """Relative error of attention outputs that prompt rows left as they are may cause at a block
+    entry, as estimated, in the layer where it is largest. For `refresh="adaptive"`."""
+    refresh_rows: float = 0.05
+    """Share of the prompt that is recomputed at a block entry with `refresh="adaptive"`."""
+    max_age: int = 64
+    """Block entries after which every row of the prompt was recomputed, with
+    `refresh="adaptive"`."""
+    guard: float = 0.0
+    """Share of the steps that are also answered densely. Such a call returns the dense logits;
+    where the two part too often, the runtime reads all keys, then refreshes more often, then in
+    every call."""
+    guard_agreement: float = 0.98
+    """Share of the positions that guarded steps would have had decided, over the latest 32 checks,
+    at which dense logits have the same token: below it the guard backs off."""
     logits: str = "all"
     """Which rows a refresh computes outputs for: "all", or "response": from a window before the
     first mask on. Other rows are then zero; a sampler that reads masked positions (or the one
@@ -118,31 +144,35 @@ class FocusConfig:
         mode: str | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> FocusConfig:
-        """Options win over the environment, which wins over the defaults.
+        """Options win over the file that their `settings` names, which wins over the environment;
+        that wins over the file of FOCUS_COMPILE_SETTINGS, which is read where the options name
+        none, and this over the defaults.
 
         Args:
-            options: field names to values, as given to `torch.compile(options=...)`.
-            mode: a policy name, as given to `torch.compile(mode=...)`.
+            options: field names to values, as given to `torch.compile(options=...)`; and
+                `settings`, a file that `focus-compile tune` wrote, or None for no such file.
+            mode: a policy name, as given to `torch.compile(mode=...)`; torch's own modes say
+                nothing of a policy.
             environment: mirrors `FOCUS_COMPILE_<FIELD>`; `os.environ` if None.
 
         Raises:
-            OptionError: an unknown name (with the closest known one) or a bad value. An unknown
-                name in the environment is only reported, once.
+            OptionError: an unknown name (with the closest known one) or a bad value, in a settings
+                file too. An unknown name in the environment is only reported, once.
         """
         environment = os.environ if environment is None else environment
         verify_level(environment)
         _report_unknown(environment)
+        options = options or {}
         values = _from_environment(environment)
-        if mode is not None and mode != "default":
+        settings = settings_in(options, environment)
+        if settings is not None:
+            held = _checked(settings)
+            values = values | held if SETTINGS in options else held | values
+        if mode is not None and mode not in TORCH_MODES:
             if mode not in POLICIES:
                 raise OptionError.unknown(mode, POLICIES, kind="mode")
             values["policy"] = mode
-        fields = {field.name for field in dataclasses.fields(cls)}
-        for name, value in (options or {}).items():
-            if name not in fields:
-                raise OptionError.unknown(str(name), fields)
-            values[name] = value
-        return cls(**values)
+        return cls(**values | _known(options, also=(SETTINGS,)))
 
     @property
     def focus_rows(self) -> int:
@@ -160,6 +190,26 @@ class FocusConfig:
         values = dataclasses.asdict(self)
         values["buckets"] = None if self.buckets is None else list(self.buckets)
         return values
+
+
+def _checked(settings: Settings) -> dict[str, Any]:
+    """The options of a settings file; OptionError, which names it, where one is bad."""
+    try:
+        values = _known(settings.options)
+        FocusConfig(**values)
+    except OptionError as error:
+        message = str(error).removeprefix("focus_compile: ")
+        raise OptionError(f"focus_compile: settings {settings.path}: {message}") from None
+    return values
+
+
+def _known(options: Mapping[str, Any], also: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Options that are fields; OptionError where one is neither that nor one of `also`."""
+    fields = {field.name for field in dataclasses.fields(FocusConfig)}
+    for name in options:
+        if name not in fields and name not in also:
+            raise OptionError.unknown(str(name), fields.union(also))
+    return {name: value for name, value in options.items() if name in fields}
 
 
 def _check_unread(config: FocusConfig) -> None:
@@ -225,10 +275,15 @@ def _at_least_one(name: str, value: object) -> None:
     _expect(number and value >= 1, name, value, "a number >= 1")  # type: ignore[operator]
 
 
+def _not_negative(name: str, value: object) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    _expect(number and value >= 0, name, value, "a number >= 0")  # type: ignore[operator]
+
+
 def _refresh(name: str, value: object) -> None:
     if isinstance(value, str) and value not in REFRESH_WORDS:
         raise OptionError.unknown(value, REFRESH_WORDS, kind=name)
-    expected = '"block", "every-step" or a number of calls >= 1'
+    expected = '"block", "adaptive", "every-step" or a number of calls >= 1'
     _expect(isinstance(value, str) or _is_int(value, 1), name, value, expected)
 
 
@@ -255,8 +310,14 @@ _CHECKS: dict[str, Any] = {
     "keep_ratio": _ratio,
     "sink_tokens": _whole(0),
     "key_block": _whole(1),
+    "list_reuse": _whole(1),
     "block_summary": _one_of(BLOCK_SUMMARIES),
     "refresh": _refresh,
+    "tolerance": _not_negative,
+    "refresh_rows": _ratio,
+    "max_age": _whole(1),
+    "guard": _ratio,
+    "guard_agreement": _ratio,
     "logits": _one_of(LOGITS_ROWS),
     "evict_alpha": _at_least_one,
     "evict_layer": _whole(1),
@@ -284,7 +345,8 @@ def verify_level(environment: Mapping[str, str]) -> int:
 
 def _report_unknown(environment: Mapping[str, str]) -> None:
     """Warn of variables with our prefix that nothing reads."""
-    known = {field.name.upper() for field in dataclasses.fields(FocusConfig)} | {*DEBUG_VARIABLES}
+    known = {field.name.upper() for field in dataclasses.fields(FocusConfig)}
+    known |= {*DEBUG_VARIABLES, SETTINGS.upper()}
     ours = (name for name in environment if name.startswith(ENVIRONMENT_PREFIX))
     for name in sorted(name.removeprefix(ENVIRONMENT_PREFIX) for name in ours):
         if name not in known:
@@ -299,6 +361,28 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         name = ENVIRONMENT_PREFIX + field.name.upper()
         if name in environment:
             values[field.name] = _parse(name, str(field.type), environment[name])
+    return values
+
+
+def options_from_text(texts: Iterable[str]) -> dict[str, Any]:
+    """Options written `name=value`, parsed as their mirrors in the environment are.
+
+    Raises:
+        OptionError: no such form, an unknown or repeated name, or a value of another type.
+    """
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(FocusConfig)}
+    kinds[SETTINGS] = "str"
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            raise OptionError(f"focus_compile: {text!r} is no option; write name=value")
+        if name not in kinds:
+            raise OptionError.unknown(name, kinds)
+        if name in values:
+            raise OptionError(f"focus_compile: option {name} is given more than once")
+        values[name] = _parse(name, kinds[name], value.strip())
     return values
 
 

@@ -1,34 +1,39 @@
 """What becomes of stock models: `python -m focus_compile.coverage`.
 
 Tiny models of every family are built with random weights, compiled, and called as a decoding loop
-calls them, at two lengths: a prompt with masks, and the same with one of them decided. "plan" means
-that the second call computed some rows only, at both lengths, and that the first-run check of rows
-against the model passed; the shape of the graph decides that, not the size of the model.
+calls them, at two lengths: a prompt with masks, then the same with one more of them decided in each
+call. "plan" means that the last call computed some rows only, at both lengths, and that the
+first-run check of rows against the model passed; the shape of the graph decides that, not the size
+of the model.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from focus_compile.plan import FRAGMENT
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from focus_compile.runtime.record import StepRecord
 
-__all__ = ["FAMILIES", "IMPLEMENTATIONS", "Coverage", "Family", "build", "cover"]
+__all__ = ["FAMILIES", "IMPLEMENTATIONS", "WAYS", "Coverage", "Family", "Way", "build", "cover"]
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 VOCABULARY = 40
 MASK = VOCABULARY - 1
 LENGTHS = (24, 32)
 BLOCK = 8
+CALLS = 3
+"""Of each length: some options of transformers change the graph in the first call."""
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -99,11 +104,37 @@ FAMILIES = {
 
 
 @dataclass(frozen=True)
+class Way:
+    """A way to call a model other than with ids alone: what else is passed, and what is done to the
+    model and asked of torch.compile before."""
+
+    family: str
+    inputs: Callable[[Tensor], dict[str, Any]] = lambda ids: {}
+    training: bool = False
+    compile: Mapping[str, Any] = field(default_factory=dict)
+
+
+WAYS = {
+    "attention_mask": Way("llama", lambda ids: {"attention_mask": ids.new_ones(ids.shape)}),
+    "position_ids": Way("llama", lambda ids: {"position_ids": (ids * 0).cumsum(1) + 3}),
+    "output_hidden_states": Way("eurobert", lambda ids: {"output_hidden_states": True}),
+    "output_attentions": Way("eurobert", lambda ids: {"output_attentions": True}),
+    "labels": Way("eurobert", lambda ids: {"labels": ids}),
+    "use_cache": Way("llama", lambda ids: {"use_cache": True}),
+    "logits_to_keep": Way("llama", lambda ids: {"logits_to_keep": BLOCK}),
+    "train(), dropout 0": Way("llama", training=True),
+    "train(), dropout .1": Way("bert", training=True),
+    "dynamic=True": Way("llama", compile={"dynamic": True}),
+}
+"""Tried with SDPA only."""
+
+
+@dataclass(frozen=True)
 class Coverage:
     """What became of one family with one attention implementation.
 
-    attention: "bidirectional" or "block-causal"; outcome: "plan", "partial" (at the first length
-    only, or in some of several graphs) or "refused"; reason: of what is not planned.
+    attention: "bidirectional", "block-causal", or one of `WAYS`; outcome: "plan", "partial" (at one
+    length only, or in some of several graphs) or "refused"; reason: of what is not planned.
     """
 
     family: str
@@ -140,6 +171,9 @@ def cover(device: str = "cpu", lowering: str = "eager") -> Iterator[Coverage]:
                 if attention == "bidirectional" or family.decoder:
                     outcome, reason = _try(name, implementation, attention, device, lowering)
                     yield Coverage(name, implementation, attention, device, outcome, reason)
+    for way, how in WAYS.items():
+        outcome, reason = _try(how.family, "sdpa", way, device, lowering)
+        yield Coverage(how.family, "sdpa", way, device, outcome, reason)
 
 
 def _try(
@@ -153,19 +187,23 @@ def _try(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build(name, implementation).to(device)
+    way = WAYS.get(attention, Way(name))
+    model.train(way.training)
     options: dict[str, Any] = {"mask_token_id": MASK, "block_length": BLOCK, "lowering": lowering}
     blocks = attention == "block-causal"
     if blocks:
         options |= {"policy": "focus-evict", "evict_layer": 1}
     else:
         options |= {"key_block": 4, "sink_tokens": 4, "dense_layers": 0}
-    focus = torch.compile(model, backend="focus", options=options)
+    focus = torch.compile(model, backend="focus", options=options, **way.compile)
 
     def call(ids: Tensor) -> object:
         if not blocks:
-            return focus(ids)
+            return focus(ids, **way.inputs(ids))
         length = ids.shape[1]
-        mask = block_causal_mask(length, BLOCK, ids.device)
+        mask: Any = block_causal_mask(length, BLOCK, ids.device)
+        if implementation == "flex_attention":
+            mask = _flex_mask(length, device)
         positions = torch.arange(length, device=ids.device)[None]
         return focus(ids, attention_mask=mask, position_ids=positions, use_cache=False)
 
@@ -175,6 +213,17 @@ def _try(
         return "plan", ""
     some = any(stepped for stepped, _ in outcomes)
     return ("partial" if some else "refused"), reasons[0]
+
+
+def _sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query // BLOCK >= key // BLOCK
+
+
+def _flex_mask(length: int, device: str) -> object:
+    """The block-causal mask as flex attention takes it."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(_sees, None, None, length, length, device=device)
 
 
 def _decode(call: Callable[[Tensor], object], length: int, device: str) -> tuple[bool, str]:
@@ -189,18 +238,19 @@ def _decode(call: Callable[[Tensor], object], length: int, device: str) -> tuple
     with warnings.catch_warnings(), torch.no_grad(), focus_compile.record() as history:
         warnings.simplefilter("ignore")
         try:
-            for _ in range(2):
+            for decided in range(CALLS):
                 before = len(history)
                 call(ids.clone())
-                ids[:, -BLOCK] = truth[:, -BLOCK]
-        except Exception as error:
+                ids[:, decided - BLOCK] = truth[:, decided - BLOCK]
+        except Exception as error:  # of any kind: a model that does not run is a row of the table
             return False, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     last = history[before:]
     return any(entry.program == "step" for entry in last), _why_not_stepped(last)
 
 
 def _why_not_stepped(records: list[StepRecord]) -> str:
-    exact = [entry.why for entry in records if entry.program != "step"]
+    parts = [entry for entry in records if entry.why != FRAGMENT.reason]
+    exact = [entry.why for entry in parts if entry.program != "step"]
     return exact[0] if exact else "" if records else "no graph reached the backend"
 
 
@@ -241,14 +291,20 @@ def main(
 
 
 def _markdown(found: list[Coverage]) -> str:
-    """A row a family and attention, a column an implementation, then the reasons."""
-    lines = [f"| | | {' | '.join(IMPLEMENTATIONS)} |", "|---|---|" + "---|" * len(IMPLEMENTATIONS)]
+    """A row a family and attention or way, a column an implementation, then the reasons."""
+    lines = [
+        f"| {found[0].device} | | {' | '.join(IMPLEMENTATIONS)} |",
+        "|---|---|" + "---|" * len(IMPLEMENTATIONS),
+    ]
     reasons: list[str] = []
     by_key = {(one.family, one.attention, one.implementation): one for one in found}
     for family, attention in dict.fromkeys((one.family, one.attention) for one in found):
         cells = []
         for implementation in IMPLEMENTATIONS:
-            one = by_key[family, attention, implementation]
+            one = by_key.get((family, attention, implementation))
+            if one is None:
+                cells.append("–")
+                continue
             if one.reason and one.reason not in reasons:
                 reasons.append(one.reason)
             note = f" ({reasons.index(one.reason) + 1})" if one.reason else ""

@@ -5,7 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["FocusError", "OptionError", "PassError", "RefusalError", "SelfCheckError"]
+__all__ = [
+    "CompileError",
+    "FocusError",
+    "OptionError",
+    "PassError",
+    "RanksError",
+    "RecordError",
+    "RefusalError",
+    "SelfCheckError",
+]
 
 
 class FocusError(Exception):
@@ -31,12 +40,24 @@ class OptionError(FocusError, ValueError):
         return cls(f"focus_compile: option {name}={value!r} is not valid; expected {expected}.")
 
 
+class RecordError(FocusError, ValueError):
+    """A file is no record of a run, or one that cannot be replayed or drawn."""
+
+
 class RefusalError(FocusError, RuntimeError):
     """`strict=True` and the exact program would have run where an incremental one was asked for."""
 
 
+class CompileError(FocusError, RuntimeError):
+    """Inductor failed on a program other than the model itself."""
+
+
 class SelfCheckError(FocusError, RuntimeError):
     """The first run of a plan disagreed with the model's own forward."""
+
+
+class RanksError(FocusError, RuntimeError):
+    """The ranks of a model that is split over processes cannot go on together."""
 
 
 class PassError(FocusError, RuntimeError):

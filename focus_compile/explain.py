@@ -68,9 +68,10 @@ def explain(
     Raises:
         OptionError: an unknown or invalid option.
     """
-    from focus_compile.backend import BackendCall
+    from focus_compile.backend import BackendCall, trace_past_logging
     from focus_compile.graph_report import report
 
+    trace_past_logging()
     model = getattr(model, "_orig_mod", model)
     config = FocusConfig.from_options(options_for(model, options))
     calls: dict[BackendCall, Sequence[Any]] = {}

@@ -31,11 +31,12 @@ def report(reason: str) -> str:
     return reason
 
 
-def warn_once(message: str) -> bool:
-    """Warn unless this was said already; whether it was news."""
-    if message in _reported:
+def warn_once(message: str, *, about: str | None = None) -> bool:
+    """Warn unless this, or anything about the same, was said already; whether it was news."""
+    about = message if about is None else about
+    if about in _reported:
         return False
-    _reported.add(message)
+    _reported.add(about)
     warnings.warn(message, FocusWarning, stacklevel=_callers_level())
     return True
 

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from focus_compile.config import FocusConfig
+from focus_compile.distributed.check import check_split
 from focus_compile.errors import OptionError
 from focus_compile.runtime.record import record
 from focus_compile.runtime.warm_up import WarmUp, warming_up
+from focus_compile.settings_file import settings_in
 
 __all__ = ["compile", "known_mask_token_id", "options_for", "warmup"]
 
@@ -27,7 +30,7 @@ def known_mask_token_id(model: Any) -> Any:
 
 def options_for(model: Any, options: dict[str, Any]) -> dict[str, Any]:
     """`options`, with `mask_token_id` from `model.config` where neither they nor the environment
-    give it.
+    give it. Warns where their settings file is another model's.
 
     Raises:
         OptionError: an unknown or invalid option.
@@ -37,6 +40,9 @@ def options_for(model: Any, options: dict[str, Any]) -> dict[str, Any]:
         if mask_token_id is not None:
             options = options | {"mask_token_id": mask_token_id}
             FocusConfig.from_options(options)
+    settings = settings_in(options)
+    if settings is not None:
+        settings.check_model(model)
     return options
 
 
@@ -45,10 +51,12 @@ def compile(model: Model, **options: Any) -> Model:
 
     Args:
         model: a module or a function over one. `model.config.mask_token_id` is used if it exists.
-        options: fields of FocusConfig, plus `fullgraph` and `dynamic` of torch.compile.
+        options: fields of FocusConfig, `settings` (a file that `focus-compile tune` wrote), plus
+            `fullgraph` and `dynamic` of torch.compile.
 
     Raises:
         OptionError: an unknown or invalid option, at once rather than at the first call.
+        RanksError: the model is split over ranks in a way that cannot work.
     """
     if "mode" in options:
         raise OptionError(
@@ -56,8 +64,10 @@ def compile(model: Model, **options: Any) -> Model:
         )
     ours = {k: v for k, v in options.items() if k not in ("fullgraph", "dynamic")}
     theirs = {k: v for k, v in options.items() if k in ("fullgraph", "dynamic")}
-    from focus_compile.backend import focus
+    from focus_compile.backend import focus, trace_past_logging
 
+    trace_past_logging()
+    check_split(model)
     return torch.compile(model, backend=focus, options=options_for(model, ours), **theirs)  # type: ignore[call-overload]
 
 
@@ -71,6 +81,8 @@ def warmup(model: Callable[..., Any], *inputs: Any, **named: Any) -> tuple[WarmU
     Args:
         model: what `focus_compile.compile` or `torch.compile(backend="focus")` returned.
         inputs, named: of a call: ids whose response is masks, and whatever else calls will have.
+            Tensors among them are copied: what a loop in one function with its sampler writes into
+            its ids stays here.
 
     Returns:
         What was prepared, for each graph of the model.
@@ -78,6 +90,7 @@ def warmup(model: Callable[..., Any], *inputs: Any, **named: Any) -> tuple[WarmU
     Raises:
         OptionError: the call ran the exact program; says why.
     """
+    inputs, named = tree_map_only(torch.Tensor, torch.clone, (inputs, named))
     with torch.no_grad(), record() as history, warming_up() as found:
         model(*inputs, **named)
     if not found:

@@ -21,8 +21,11 @@ from focus_compile.lowering.kernel_list import (
 )
 from focus_compile.plan import Plan, Refusal
 from focus_compile.runtime.buckets import bucket_for
+from focus_compile.runtime.continuity import NEVER_CONTINUED
 from focus_compile.runtime.memory_plan import MemoryPlan, readable
 from focus_compile.runtime.programs import Programs
+from focus_compile.runtime.quality_guard import QualityGuard
+from focus_compile.runtime.store import STORE
 from focus_compile.runtime.trajectory import Blocks
 
 __all__ = ["GraphReport", "TrajectoryMemory", "report"]
@@ -52,10 +55,8 @@ class TrajectoryMemory:
 
     def to_dict(self) -> dict[str, Any]:
         """Bytes."""
-        sizes = asdict(self.plan)
-        del sizes["all_logits"]
         more = {"total": self.plan.total, "saved_by_response": self.saved_by_response}
-        return sizes | more
+        return self.plan.to_dict() | more
 
     def __str__(self) -> str:
         saved = self.saved_by_response
@@ -72,6 +73,10 @@ class GraphReport:
     plan: Plan | None
     refusals: tuple[Refusal, ...]
     memory: TrajectoryMemory | None = None
+    given_up: bool = False
+    """Whether the model's calls so far never continued one another, so that they run exactly."""
+    guard: QualityGuard | None = None
+    """What guarded calls of the model found, where some were."""
     launches: dict[str, list[Launch]] | None = None
     """Of the refresh and the step program; None unless asked for."""
 
@@ -80,6 +85,9 @@ class GraphReport:
         if self.plan is None:
             return {"accepted": False, "refusals": [r.to_dict() for r in self.refusals]}
         known = self.plan.to_dict()
+        known["calls_never_continued"] = self.given_up
+        if self.guard is not None:
+            known["guard"] = self.guard.to_dict()
         if self.memory is not None:
             known["memory"] = self.memory.to_dict()
         if self.launches is not None:
@@ -105,6 +113,10 @@ class GraphReport:
         lines = [str(self.plan)]
         if self.memory is not None:
             lines.append(str(self.memory))
+        if self.given_up:
+            lines.append(f"  calls run exactly for now: {NEVER_CONTINUED}")
+        if self.guard is not None:
+            lines.append(f"  guard: {self.guard}")
         for program, launches in (self.launches or {}).items():
             lines.append(f"  {program}: {summary(launches)}")
             for region, own in self._layers(launches).items():
@@ -126,7 +138,10 @@ def report(
     launches = None
     if kernels and config.lowering == "inductor":
         launches = _launches(programs, inputs, config)
-    return GraphReport(plan, call.refusals, memory, launches)
+    weight = inputs[plan.positions("weight")[0]]
+    given_up, guard = STORE.continuity(weight).given_up, STORE.guard(weight)
+    found = guard if guard.checks else None
+    return GraphReport(plan, call.refusals, memory, given_up, found, launches)
 
 
 def _memory(programs: Programs, inputs: Sequence[Any], config: FocusConfig) -> TrajectoryMemory:

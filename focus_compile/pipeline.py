@@ -23,18 +23,33 @@ from focus_compile.config import (
     FocusConfig,
     verify_level,
 )
+from focus_compile.distributed.agreement import group_named, of_first_rank
 from focus_compile.errors import PassError
+from focus_compile.graph_breaks import latest_break
 from focus_compile.key_costs import KeyShape, key_costs
 from focus_compile.passes.block_causality import BLOCK_MASK_REMEDY
+from focus_compile.passes.collectives import NormalizeCollectives, ranks_of
 from focus_compile.passes.constant_masks import FoldConstantMasks
-from focus_compile.passes.graph_tools import arg, concrete, op_name, shape_of, tensor_of, user_line
+from focus_compile.passes.cut_tail import CutTail
+from focus_compile.passes.graph_tools import (
+    arg,
+    concrete,
+    op_name,
+    shape_of,
+    size_expression,
+    tensor_of,
+    user_line,
+)
 from focus_compile.passes.match_attention import MatchAttention
 from focus_compile.passes.merge_projections import MergedWeights, MergeProjections
+from focus_compile.passes.partial_refresh import BuildPartialRefresh
 from focus_compile.passes.refresh_program import BuildRefresh
 from focus_compile.passes.remove_no_ops import RemoveNoOps, autocast_is_on
+from focus_compile.passes.row_builder import kept_lists
 from focus_compile.passes.step_program import BuildStep
 from focus_compile.passes.token_axis import NotTokenWise, prove_rows
-from focus_compile.plan import InputRole, Plan, Refusal, Site
+from focus_compile.plan import FRAGMENT, InputRole, Plan, Ranks, Refusal, Site, Tail
+from focus_compile.torch_tools import trace_artifact
 from focus_compile.verify import execute_on_random_inputs, same_results, verify
 
 __all__ = [
@@ -44,6 +59,7 @@ __all__ = [
     "ProgramGraphs",
     "build_programs",
     "plan_graph",
+    "regions_of",
     "weight_rows",
 ]
 
@@ -57,8 +73,15 @@ class ProgramGraphs:
 
     refresh: fx.GraphModule
     step: fx.GraphModule
+    partial: fx.GraphModule | None = None
+    """Where the plan has a partial refresh."""
+    again: fx.GraphModule | None = None
+    """A step that reads the keys chosen by an earlier one, where the plan has such."""
     merged: tuple[MergedWeights, ...] = ()
     """What the step's inputs after its state hold."""
+
+
+GraphPass = RemoveNoOps | NormalizeCollectives | MatchAttention | FoldConstantMasks
 
 
 class Pipeline:
@@ -72,7 +95,7 @@ class Pipeline:
         self.inputs = [node.name for node in gm.graph.find_nodes(op="placeholder")]
         self.dump("captured", gm)
 
-    def run(self, graph_pass: RemoveNoOps | MatchAttention | FoldConstantMasks) -> int:
+    def run(self, graph_pass: GraphPass) -> int:
         """Apply one pass in place; returns its number of rewrites."""
         before = execute_on_random_inputs(self.gm) if self.level >= 2 else ()
         started = time.perf_counter()
@@ -86,9 +109,15 @@ class Pipeline:
         return rewrites
 
     def dump(self, stage: str, gm: fx.GraphModule, note: str = "") -> None:
+        """Into the folder and into torch's trace, where these are asked for."""
+
+        def text() -> str:
+            return f"# {stage} {note}\n{gm.graph}\n"
+
+        name = f"{self.stage:02}_{stage}"
+        trace_artifact(name, text)
         if self.folder is not None:
-            text = f"# {stage} {note}\n{gm.graph}\n"
-            (self.folder / f"{self.stage:02}_{stage}.txt").write_text(text)
+            (self.folder / f"{name}.txt").write_text(text())
         self.stage += 1
 
     def dump_plan(self, plan: Plan) -> None:
@@ -114,9 +143,12 @@ def plan_graph(captured: Capture, config: FocusConfig) -> tuple[Pipeline, Plan]:
     """
     pipeline = Pipeline(captured.graph_module)
     matching, folding = MatchAttention(), FoldConstantMasks(captured.buffers())
-    for graph_pass in (RemoveNoOps(), matching, folding):
+    passes: list[GraphPass] = [RemoveNoOps(), matching, folding]
+    if captured.local is not None:
+        passes.insert(1, NormalizeCollectives())
+    for graph_pass in passes:
         pipeline.run(graph_pass)
-    plan = _analyse(captured, pipeline.gm, config, matching, folding)
+    plan = _analyse(captured, pipeline, config, matching, folding)
     pipeline.dump_plan(plan)
     return pipeline, plan
 
@@ -127,11 +159,22 @@ def build_programs(pipeline: Pipeline, plan: Plan) -> ProgramGraphs:
     step = BuildStep(plan).apply(pipeline.gm)
     pipeline.dump("refresh", refresh)
     pipeline.dump("step", step)
+    again = BuildStep(plan, choose=False).apply(pipeline.gm) if kept_lists(plan) else None
+    if again is not None:
+        pipeline.dump("step-again", again)
     merged: tuple[MergedWeights, ...] = ()
     if plan.merge_projections:
-        merged = MergeProjections(weight_rows(pipeline.gm, plan)).apply(step)
+        merging = MergeProjections(weight_rows(pipeline.gm, plan))
+        merged = merging.apply(step)
         pipeline.dump(MergeProjections.name, step)
-    return ProgramGraphs(refresh, step, merged)
+        if again is not None:
+            merged_again = merging.apply(again)
+            assert merged_again == merged
+    partial = None
+    if plan.partial_refresh:
+        partial = BuildPartialRefresh(plan).apply(pipeline.gm)
+        pipeline.dump("partial-refresh", partial)
+    return ProgramGraphs(refresh, step, partial, again, merged)
 
 
 def weight_rows(gm: fx.GraphModule, plan: Plan) -> dict[str, int]:
@@ -144,23 +187,29 @@ def weight_rows(gm: fx.GraphModule, plan: Plan) -> dict[str, int]:
 
 def _analyse(
     captured: Capture,
-    gm: fx.GraphModule,
+    pipeline: Pipeline,
     config: FocusConfig,
     matching: MatchAttention,
     folding: FoldConstantMasks,
 ) -> Plan:
+    gm = pipeline.gm
     placeholders = gm.graph.find_nodes(op="placeholder")
     weights = {n for n, info in zip(placeholders, captured.inputs, strict=True) if info.is_weight}
-    found = _find_ids(gm.graph, weights, _output_widths(gm.graph))
+    lengths = {n: i.length for n, i in zip(placeholders, captured.inputs, strict=True) if i.length}
+    found = _find_ids(gm.graph, weights, lengths, _output_widths(gm.graph))
     empty = Plan(
         inputs=(), sites=(), rows=(), outputs=(), batch=sympy.Integer(0), length=sympy.Integer(0),
         vocabulary=0, logits=0, key_block=config.key_block, block_summary=config.block_summary,
         sink_tokens=config.sink_tokens, logits_rows=config.logits,
+        partial_refresh=config.refresh == "adaptive" and config.policy not in BLOCK_POLICIES,
+        list_reuse=config.list_reuse > 1 and config.policy not in BLOCK_POLICIES,
         merge_projections=_merges(captured, config), misses=tuple(matching.misses),
         evict_layer=config.evict_layer if config.policy in EVICTING_POLICIES else None,
+        writes=captured.writes,
     )  # fmt: skip
     if found is None:
-        return replace(empty, refusals=(_NO_IDS,))
+        part = not weights and not _sites(gm.graph, config)
+        return replace(empty, refusals=(FRAGMENT if part else _no_ids(),))
     ids, vocabulary = found
     batch, length = shape_of(ids)
     plan = replace(
@@ -171,22 +220,32 @@ def _analyse(
         length=length,
         vocabulary=vocabulary,
     )
-    plan = _with_key_costs(plan, ids, config)
-    refusals = _refusals(plan, gm.graph, matching, folding, config)
+    plan = _with_ranks(_with_key_costs(plan, ids, gm.graph, config), gm.graph, config)
+    refusals = plan.refusals or _refusals(plan, gm.graph, matching, folding, config)
     if refusals:
         return replace(plan, refusals=tuple(refusals))
+    whole: NotTokenWise | None = None
     try:
-        proof = prove_rows(gm, ids, weights)
-        _require_row_wise(plan.sites, {row.node for row in proof.rows})
-        logits = _logits_index(gm.graph, vocabulary)
+        if _must_cut(plan, gm.graph):
+            raise NotTokenWise.of("the forward writes into its inputs")
+        plan = _with_rows(plan, gm, ids, weights)
     except NotTokenWise as stuck:
-        return replace(plan, refusals=(stuck.refusal,))
-    plan = replace(
-        plan, rows=proof.rows, outputs=proof.outputs, operations=proof.operations, logits=logits
-    )
+        whole = stuck
+    if whole is not None:
+        # What follows the model may mix rows; where that is no remedy, the first reason stands.
+        if config.policy in BLOCK_POLICIES:
+            return replace(plan, refusals=(whole.refusal,))
+        try:
+            tail = CutTail(ids, weights, vocabulary).apply(gm)
+            plan = _with_rows(_with_tail(plan, tail, placeholders), gm, ids, weights)
+        except NotTokenWise:
+            return replace(plan, refusals=(whole.refusal,))
+        pipeline.dump(CutTail.name, gm)
     try:
         BuildRefresh(plan).apply(gm)
         BuildStep(plan).apply(gm)
+        if plan.partial_refresh:
+            BuildPartialRefresh(plan).apply(gm)
     except PassError as error:
         return replace(plan, refusals=(Refusal(str(error)),))
     return plan
@@ -196,12 +255,49 @@ _NOT_CAUSAL = (
     "A causal model reuses its own KV cache; focus_compile is for bidirectional ones, and for "
     'those that are causal by blocks (policy="focus-evict").'
 )
-_NO_IDS = Refusal(
-    "no input of token ids [batch, tokens] feeds an embedding",
-    remedy="Call the model with input_ids; inputs_embeds holds no ids to compare between calls. "
-    "If Dynamo cut the forward (TORCH_LOGS=graph_breaks): experts in a loop are what "
-    'model.set_experts_implementation("grouped_mm") avoids.',
-)
+
+
+def _no_ids() -> Refusal:
+    remedy = "Call the model with input_ids; inputs_embeds holds no ids to compare between calls."
+    return Refusal("no input of token ids [batch, tokens] feeds an embedding", "", _uncut(remedy))
+
+
+def _uncut(remedy: str) -> str:
+    """The remedy, and where Dynamo last cut a forward, if it did."""
+    cut = latest_break()
+    if not cut:
+        return remedy
+    return (
+        f"{remedy} {cut} (TORCH_LOGS=graph_breaks says why): no graph holds the whole of it. Where "
+        'experts in a loop are why, model.set_experts_implementation("grouped_mm") avoids it.'
+    )
+
+
+def _with_rows(plan: Plan, gm: fx.GraphModule, ids: fx.Node, weights: set[fx.Node]) -> Plan:
+    """The plan with the row-wise ops; NotTokenWise if some op is not."""
+    proof = prove_rows(gm, ids, weights)
+    _require_row_wise(plan.sites, {row.node for row in proof.rows})
+    return replace(
+        plan, rows=proof.rows, outputs=proof.outputs, operations=proof.operations,
+        logits=_logits_index(gm.graph, plan),
+    )  # fmt: skip
+
+
+def _must_cut(plan: Plan, graph: fx.Graph) -> bool:
+    """Whether outputs may hold inputs, which rows that are not computed must not lose: in ids that
+    are written in place, and where rows before the response are zero."""
+    return bool(plan.writes) or (plan.logits_rows == "response" and len(_output_values(graph)) > 1)
+
+
+def _with_tail(plan: Plan, tail: Tail, placeholders: list[fx.Node]) -> Plan:
+    """The plan of a graph whose tail was cut off; what only that reads is compared with nothing."""
+    inputs = tuple(
+        replace(item, role="tail")
+        if item.role in ("guarded", "size") and not placeholders[item.position].users
+        else item
+        for item in plan.inputs
+    )
+    return replace(plan, tail=tail, inputs=inputs)
 
 
 def _merges(captured: Capture, config: FocusConfig) -> bool:
@@ -212,25 +308,67 @@ def _merges(captured: Capture, config: FocusConfig) -> bool:
     return any(tensor.is_cuda for tensor in tensors)
 
 
+_SPARSE_AND_SPLIT = Refusal(
+    f'policy="{COMBINED}" has no form for a model that is split over ranks',
+    remedy='Use policy="focus-evict", or one whole model per rank.',
+)
+
+
+def _with_ranks(plan: Plan, graph: fx.Graph, config: FocusConfig) -> Plan:
+    """The plan with the ranks that the model is split over, and what a step adds to their work."""
+    ranks = ranks_of(graph)
+    if ranks is not None and config.policy == COMBINED:
+        return replace(plan, refusals=(_SPARSE_AND_SPLIT,))
+    if isinstance(ranks, Refusal):
+        return replace(plan, refusals=(ranks,))
+    if ranks is None:
+        return plan
+    added = len(plan.sites_of("sparse-suffix")) + len(plan.sites_of("sink-capture"))
+    added += config.policy in EVICTING_POLICIES
+    return replace(plan, ranks=replace(ranks, added=added))
+
+
 def _find_ids(
-    graph: fx.Graph, weights: set[fx.Node], widths: list[int]
+    graph: fx.Graph, weights: set[fx.Node], lengths: dict[fx.Node, int], widths: list[int]
 ) -> tuple[fx.Node, int] | None:
     """The input that indexes the embedding table, and the table's rows.
 
     Of several tables (positions, segments) it is one with as many rows as some output is wide,
-    else the largest.
+    else the largest. lengths: rows of tables of which this rank may hold a part; ids of other ranks
+    are then masked before they are looked up.
     """
     best: tuple[fx.Node, int] | None = None
     for node in graph.nodes:
         if op_name(node) != "embedding.default":
             continue
         table, index = arg(node, 0), arg(node, 1)
+        rows = _behind_reshape(table)
+        if rows in lengths:
+            index = _masked_ids(index)
         if index.op != "placeholder" or index in weights or len(shape_of(index)) != 2:
             continue
-        size = int(shape_of(table)[0])
+        size = lengths.get(rows, int(shape_of(table)[0]))
         if best is None or (size in widths, size) > (best[1] in widths, best[1]):
             best = (index, size)
     return best
+
+
+def _behind_reshape(node: fx.Node) -> fx.Node:
+    while op_name(node) in ("reshape.default", "clone.default"):
+        node = arg(node, 0)
+    return node
+
+
+def _masked_ids(index: fx.Node) -> fx.Node:
+    """The only input that the look-ups of a table's part are made from, or the index itself."""
+    found: set[fx.Node] = set()
+    pending = [index]
+    while pending:
+        node = pending.pop()
+        if node.op == "placeholder":
+            found.add(node)
+        pending.extend(node.all_input_nodes)
+    return found.pop() if len(found) == 1 else index
 
 
 def _roles(captured: Capture, placeholders: list[fx.Node], ids: fx.Node) -> tuple[InputRole, ...]:
@@ -249,7 +387,7 @@ def _roles(captured: Capture, placeholders: list[fx.Node], ids: fx.Node) -> tupl
 
 def _sites(graph: fx.Graph, config: FocusConfig) -> tuple[Site, ...]:
     nodes = graph.find_nodes(op="call_function", target=torch.ops.focus_compile.attention.default)
-    regions = _regions(len(nodes), config)
+    regions = regions_of(len(nodes), config)
     return tuple(
         _site(index, node, region)
         for index, (node, region) in enumerate(zip(nodes, regions, strict=True))
@@ -278,7 +416,7 @@ def _site(index: int, node: fx.Node, region: str) -> Site:
     )
 
 
-def _regions(layers: int, config: FocusConfig) -> list[str]:
+def regions_of(layers: int, config: FocusConfig) -> list[str]:
     """dense-prefix x l, sink-capture, sparse-suffix, dense-tail; all dense if nothing is sparse.
 
     Where the sinks are the first positions, no layer captures them.
@@ -298,8 +436,9 @@ def _regions(layers: int, config: FocusConfig) -> list[str]:
     )
 
 
-def _with_key_costs(plan: Plan, ids: fx.Node, config: FocusConfig) -> Plan:
-    """The plan with all keys in every layer where choosing some would cost more."""
+def _with_key_costs(plan: Plan, ids: fx.Node, graph: fx.Graph, config: FocusConfig) -> Plan:
+    """The plan with all keys in every layer where choosing some would cost more. Ranks that share a
+    model go by the times of the first: each by its own could choose otherwise."""
     sparse = plan.sites_of("sparse-suffix")
     tensor = tensor_of(ids)
     if tensor is None or not sparse:
@@ -319,6 +458,9 @@ def _with_key_costs(plan: Plan, ids: fx.Node, config: FocusConfig) -> Plan:
             dtype=getattr(torch, site.dtype), device=tensor.device,
         )
     )  # fmt: skip
+    ranks = ranks_of(graph)
+    if isinstance(ranks, Ranks):
+        costs = of_first_rank(group_named(ranks.group), costs)
     if costs is None:
         return plan
     sites = plan.sites
@@ -341,19 +483,27 @@ def _refusals(
         remedy = _NOT_CAUSAL if config.policy not in BLOCK_POLICIES else BLOCK_MASK_REMEDY
         return [replace(causal[0], remedy=remedy)]
     if not plan.sites:
-        return [Refusal("no attention was recognised", remedy=_miss_hint(matching))]
+        return [_no_attention(matching)]
     if plan.length.is_Integer and plan.length < 2:
         return [Refusal("the input has fewer than 2 tokens")]
     if config.mask_token_id is not None and config.mask_token_id >= plan.vocabulary:
         reason = f"mask_token_id={config.mask_token_id} is outside the {plan.vocabulary} embeddings"
         return [Refusal(reason, remedy="Set it to the tokenizer's mask_token_id.")]
-    if any(site.value_dim != site.head_dim for site in plan.sites):
-        return [Refusal("keys and values differ in width")]
+    if plan.writes and config.policy in BLOCK_POLICIES:
+        reason = (
+            f'the forward writes into its inputs, which policy="{config.policy}" has no form of'
+        )
+        return [Refusal(reason, remedy="Compile the model alone, without the sampler.")]
     return []
 
 
-def _miss_hint(matching: MatchAttention) -> str:
-    return "The nearest: " + str(matching.misses[0]) if matching.misses else ""
+def _no_attention(matching: MatchAttention) -> Refusal:
+    if matching.other_keys:
+        nearest = matching.other_keys[0]
+        remedy = "Call the model on the whole sequence, without a cache; focus_compile keeps one."
+        return Refusal(f"attention reads a cache ({nearest.reason})", nearest.where, remedy)
+    hint = "The nearest: " + str(matching.misses[0]) if matching.misses else ""
+    return Refusal("no attention was recognised", remedy=hint)
 
 
 def _require_row_wise(sites: tuple[Site, ...], rows: set[str]) -> None:
@@ -369,18 +519,28 @@ def _output_values(graph: fx.Graph) -> list[Any]:
 
 
 def _output_widths(graph: fx.Graph) -> list[int]:
-    """The size of each output's last axis; 0 where it has none or is symbolic."""
-    values = _output_values(graph)
-    sizes = [shape_of(v)[-1:] if tensor_of(v) is not None else [] for v in values]
+    """The width of each output of the form of logits, [batch, tokens, width] in floating point; 0
+    for others, and where it is symbolic."""
+    tensors = [tensor_of(value) for value in _output_values(graph)]
+    sizes = [
+        [size_expression(size) for size in tensor.shape[2:]]
+        if tensor is not None and tensor.dim() == 3 and tensor.is_floating_point()
+        else []
+        for tensor in tensors
+    ]
     return [int(size[0]) if size and size[0].is_Integer else 0 for size in sizes]
 
 
-def _logits_index(graph: fx.Graph, vocabulary: int) -> int:
-    """The output whose last axis is the vocabulary."""
+def _logits_index(graph: fx.Graph, plan: Plan) -> int | None:
+    """The output whose last axis is the vocabulary; None where a cut left none of them."""
+    vocabulary = plan.vocabulary
     if not all(isinstance(value, fx.Node) for value in _output_values(graph)):
         raise NotTokenWise(Refusal("the graph returns something that is no tensor"))
     widths = _output_widths(graph)
+    if plan.tail is not None and vocabulary not in widths:
+        return None
     if vocabulary not in widths:
         reason = f"no output is logits over the {vocabulary} embeddings (widths {widths})"
-        raise NotTokenWise(Refusal(reason, remedy="Compile the whole model, head included."))
+        remedy = _uncut("Compile the whole model, head included.")
+        raise NotTokenWise(Refusal(reason, remedy=remedy))
     return widths.index(vocabulary)

@@ -8,19 +8,23 @@ from functools import cached_property
 from typing import Any
 
 import sympy
+from torch import fx
 
 from focus_compile.key_costs import KeyCosts
 
 __all__ = [
+    "FRAGMENT",
     "Factor",
     "InputRole",
     "Operand",
     "OutputRows",
     "Plan",
+    "Ranks",
     "Refusal",
     "RowAxes",
     "RowOp",
     "Site",
+    "Tail",
 ]
 
 REGIONS = ("dense-prefix", "sink-capture", "sparse-suffix", "dense-tail")
@@ -41,6 +45,10 @@ class Refusal:
 
     def to_dict(self) -> dict[str, str]:
         return {"reason": self.reason, "where": self.where, "remedy": self.remedy}
+
+
+FRAGMENT = Refusal("nothing in the graph reads weights or attends")
+"""Of a part that Dynamo cut off a forward: no loss to run it as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +128,8 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class InputRole:
-    """What an input of the captured graph is: "ids", "weight", "size" or "guarded"."""
+    """What an input of the captured graph is: "ids", "weight", "size", "guarded", or "tail" for
+    one that only what follows the model reads."""
 
     position: int
     name: str
@@ -137,6 +146,48 @@ class OutputRows:
 
 
 @dataclass(frozen=True)
+class Tail:
+    """What follows the model in its graph and mixes rows: graph of (*inputs at `inputs`, *outputs
+    of the model at `reads`) -> the outputs of the whole graph."""
+
+    graph: fx.GraphModule = field(repr=False, compare=False)
+    inputs: tuple[int, ...]
+    reads: tuple[str, ...]
+    operations: int
+
+    def __str__(self) -> str:
+        return f"{self.operations} ops, which read {', '.join(self.reads)} of all rows"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"operations": self.operations, "reads": list(self.reads)}
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The processes that a model is split over.
+
+    group: its name in torch.distributed; collectives: the forward's own, by kind and number; added:
+    what a step adds to them.
+    """
+
+    group: str
+    size: int
+    collectives: tuple[tuple[str, int], ...]
+    added: int = 0
+
+    def __str__(self) -> str:
+        own = ", ".join(f"{count} {name}" for name, count in self.collectives)
+        return (
+            f"{self.size}; collectives of a forward: {own}; a step adds {self.added} of scores, "
+            "a call one of its decisions"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        own = dict(self.collectives)
+        return {"size": self.size, "collectives": own, "added_by_step": self.added}
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything the rewrites and the runtime need to know of one captured graph."""
 
@@ -147,8 +198,9 @@ class Plan:
     batch: sympy.Expr
     length: sympy.Expr
     vocabulary: int
-    logits: int
-    """Which output holds the logits, [batch, length, vocabulary]."""
+    logits: int | None
+    """Which output holds the logits, [batch, length, vocabulary]; None: the last two outputs are
+    their confidence and its token."""
     key_block: int
     block_summary: str
     sink_tokens: int
@@ -156,8 +208,18 @@ class Plan:
     """Which rows a refresh returns: "all", or "response"."""
     merge_projections: bool = False
     """Whether the step's linear layers of one input become one."""
+    list_reuse: bool = False
+    """Whether a step may read the keys that an earlier one chose."""
+    partial_refresh: bool = False
+    """Whether there is a program that renews some rows with all keys."""
     evict_layer: int | None = None
     """The layer after whose keys and values rows leave, if some do."""
+    tail: Tail | None = None
+    """What follows the model in its graph and runs in full, if something does."""
+    writes: tuple[tuple[int, int], ...] = ()
+    """Outputs of the graph that are values of inputs written in place: (output, input)."""
+    ranks: Ranks | None = None
+    """Where the model is split over processes; its heads are then those of this one."""
     key_costs: KeyCosts | None = None
     """What choosing keys and reading all would cost, where that was measured."""
     refusals: tuple[Refusal, ...] = ()
@@ -173,6 +235,11 @@ class Plan:
     def ids(self) -> InputRole:
         """The input that holds the token ids."""
         return next(role for role in self.inputs if role.role == "ids")
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """What each site is called where layers are told apart: `layer 3 sparse-suffix`."""
+        return tuple(f"layer {site.index} {site.region}" for site in self.sites)
 
     def positions(self, role: str) -> tuple[int, ...]:
         """Positions of the graph inputs of one role."""
@@ -205,8 +272,12 @@ class Plan:
             "sink_tokens": self.sink_tokens,
             "logits_rows": self.logits_rows,
             "merge_projections": self.merge_projections,
+            "list_reuse": self.list_reuse,
+            "partial_refresh": self.partial_refresh,
             "evict_layer": self.evict_layer,
             "key_costs": None if self.key_costs is None else self.key_costs.to_dict(),
+            "ranks": None if self.ranks is None else self.ranks.to_dict(),
+            "tail": None if self.tail is None else self.tail.to_dict(),
             "inputs": [
                 {"position": item.position, "name": item.name, "role": item.role}
                 for item in self.inputs
@@ -239,6 +310,8 @@ class Plan:
             lines.append(
                 f"  rows: some leave after the keys and values of layer {self.evict_layer}"
             )
+        if self.partial_refresh and not self.refusals:
+            lines.append("  a block entry may refresh some rows of the prompt")
         if self.key_costs is not None:
             lines.append(f"  keys: {self.key_costs}")
         if self.rows:
@@ -246,6 +319,10 @@ class Plan:
             lines.append(f"  row-wise: {len(self.rows)} ops ({counts})")
             gathered = self.to_dict()["gathered"]
             lines.append(f"  computed in full, rows selected: {', '.join(gathered) or 'nothing'}")
+        if self.ranks is not None:
+            lines.append(f"  ranks: {self.ranks}")
+        if self.tail is not None:
+            lines.append(f"  in full behind the model: {self.tail}")
         guarded = [item.name for item in self.inputs if item.role == "guarded"]
         lines.append(f"  trajectory guard: ids{''.join(', ' + name for name in guarded)}, weights")
         return "\n".join(lines)

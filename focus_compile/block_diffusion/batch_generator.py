@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from focus_compile.block_diffusion.block_model import BlockModel
+from focus_compile.block_diffusion.block_model import COMPILED_KEY_OPTIONS, BlockModel
+from focus_compile.block_diffusion.inspected import StepInspection
 from focus_compile.block_diffusion.programs import KeyChoice, RowList
 from focus_compile.block_diffusion.state import COMMIT, DECODE, IDLE, BlockState, Listing
 from focus_compile.block_diffusion.step_costs import StepCosts
@@ -28,15 +29,13 @@ from focus_compile.kernels.confidence.op import confidence
 from focus_compile.kernels.ragged import MOST_ROWS
 from focus_compile.policies.focus_evict import Rank, keep_rows
 from focus_compile.runtime.device_graphs import DeviceGraphs
+from focus_compile.runtime.inspection import active_inspector
 
 __all__ = ["BLOCK_POLICIES", "BatchGenerator", "BlockStep", "Completion"]
 
 T = TypeVar("T")
 COMMITS = ("exact", "delayed")
-KEY_OPTIONS = (
-    "keep_ratio", "dense_layers", "dense_tail_layers", "sink_tokens", "key_block", "block_summary",
-    "dense_if_faster",
-)  # fmt: skip
+KEY_OPTIONS = ("keep_ratio", *COMPILED_KEY_OPTIONS, "dense_if_faster")
 PREFILL_BLOCKS = 32
 """Blocks of prompts that one call of the whole program takes at most."""
 LADDER = (*range(8, 65, 8), *range(128, 513, 64), *range(640, 2049, 128))
@@ -217,6 +216,7 @@ class BatchGenerator:
             mask_token_id=mask_token_id, block_length=block_length, lowering=lowering,
             cuda_graphs=cuda_graphs, merge_projections=merge_projections, **(key_options or {}),
         )  # fmt: skip
+        self.config, self.call, self.key_options = config, call, dict(key_options or {})
         self.keep_ratio = config.keep_ratio
         self.max_length = math.ceil(max_length / block_length) * block_length
         if isinstance(model, BlockModel):
@@ -228,7 +228,7 @@ class BatchGenerator:
         self.caches = self.programs.allocate(max_batch, self.max_length, device)
         self.state = BlockState.allocate(
             max_batch, block_length, self.max_length, mask_token_id, device,
-            key_block=self.programs.plan.key_block if self.programs.sparse else None,
+            key_block=self.programs.key_block,
         )  # fmt: skip
         captures = cuda_graphs and device.type == "cuda"
         self.graphs = DeviceGraphs(captures, _no_graphs, device)
@@ -240,6 +240,7 @@ class BatchGenerator:
         self.history: list[BlockStep] = []
         weighs = device.type == "cuda" if evict_if_faster is None else evict_if_faster
         self.costs = StepCosts() if weighs else None
+        self._looked: StepInspection | None = None
         self._slots: list[_Slot | None] = [None] * max_batch
         self._waiting: deque[_Request] = deque()
         self._numbers = itertools.count()
@@ -338,22 +339,29 @@ class BatchGenerator:
 
     @torch.no_grad()
     def step(self) -> list[Completion]:
-        """Admit what waits, compute one step for all sequences, and return what it completed."""
+        """Admit what waits, compute one step for all sequences, and return what it completed.
+
+        Raises:
+            RefusalError: in the first step, where two blocks are compared with the model's own
+                forward: they differ.
+        """
         started, compiled = time.perf_counter(), self.programs.compile_seconds
         self._admit()
         working = [slot for slot in self._slots if slot is not None]
         if not working:
             return []
+        inspector = active_inspector()
+        self._looked = None if inspector is None else StepInspection.begin(inspector, self)
         before = [(slot, slot.undecided) for slot in working if slot.phase == DECODE]
         computing = time.perf_counter()
         listed, kept, evicting = self._compute()
         self.programs.summarise(
             self.caches,
-            [
+            (
                 (at, slot.begin, slot.begin + self.block_length)
                 for at, slot in enumerate(self._slots)
                 if slot is not None and slot.phase == COMMIT
-            ],
+            ),
         )
         for slot in working:
             slot.request.steps += 1
@@ -361,7 +369,7 @@ class BatchGenerator:
         decoded = sum(undecided - slot.undecided for slot, undecided in before)
         if self.costs is not None and before:
             milliseconds = (time.perf_counter() - computing) * 1e3
-            self.costs.measured(padded_rows(listed), evicting, milliseconds, decoded)
+            self.costs.measured(padded_rows(listed), evicting, milliseconds, decoded, len(before))
         if self.decode_counts is None and any(slot.undecided >= was for slot, was in before):
             raise FocusError("focus_compile: nothing can be decoded; the model's logits are NaN")
         completed = self._finish_blocks()
@@ -372,7 +380,41 @@ class BatchGenerator:
                 self.programs.compile_seconds - compiled,
             )
         )  # fmt: skip
+        if self._looked is not None:
+            self._looked.finish(self, self.history[-1], padded_rows(listed))
+            self._looked = None
         return completed
+
+    def sequences(self) -> list[tuple[int, list[int]]]:
+        """Of every slot: where its block begins, and the ids of its sequence, masks up to where
+        its response ends; (0, []) of a free one."""
+        found: list[tuple[int, list[int]]] = []
+        for at, slot in enumerate(self._slots):
+            if slot is None:
+                found.append((0, []))
+                continue
+            request = slot.request
+            known = (request.prompt + request.tokens)[: slot.begin]
+            ids = known + self.state.tokens[at].tolist()
+            end = min(len(request.prompt) + request.limit, self.max_length)
+            found.append((slot.begin, ids + [self.state.mask_token_id] * (end - len(ids))))
+        return found
+
+    def requests(self) -> list[dict[str, Any]]:
+        """Those that decode or wait, in the order of their submission, as `submit` was given them;
+        "steps": how many they took part in."""
+        slots = (slot.request for slot in self._slots if slot is not None)
+        ordered = sorted((*slots, *self._waiting), key=lambda request: request.number)
+        return [
+            {
+                "request": request.number,
+                "prompt": list(request.prompt),
+                "max_new_tokens": request.limit,
+                "stop": [list(stop) for stop in request.stops],
+                "steps": request.steps,
+            }
+            for request in ordered
+        ]
 
     @torch.no_grad()
     def warmup(self) -> int:
@@ -381,9 +423,11 @@ class BatchGenerator:
 
         Raises:
             FocusError: requests are pending.
+            RefusalError: the programs are not the model; see `step`.
         """
         if self.pending:
             raise FocusError("BatchGenerator.warmup: requests are pending; call it before submit")
+        self.model.check_once()
         most = padded_rows(self.max_batch * self.block_length)
         all_sizes = [most] if self.policy == "block-diffusion" else LADDER
         sizes = [rows for rows in all_sizes if rows <= min(most, WARM_ROWS)]
@@ -439,7 +483,9 @@ class BatchGenerator:
         return int(kept)
 
     def _launch(self, key: Hashable, work: Callable[[], T]) -> T:
-        """Run work that depends on nothing but the state, as a CUDA graph."""
+        """Run work that depends on nothing but the state, as a CUDA graph unless looked at."""
+        if self._looked is not None:
+            return work()
         given = None if self.decode_counts is None else self.decode_counts.data_ptr()
         return self.graphs.run((key, given), work)
 
@@ -468,6 +514,8 @@ class BatchGenerator:
 
     def _prefix(self, rows: int) -> tuple[Listing, Tensor, list[Tensor]]:
         listing = self._listing(rows)
+        if self._looked is not None:
+            self._looked.listed(self.state, listing)
         at_cut, before, frontier = self.programs.run_prefix(
             self._arguments, self.caches, listing.rows, listing.masked
         )
@@ -500,10 +548,13 @@ class BatchGenerator:
 
     def _decode(self, computed: Listing, scored: Listing, outputs: Sequence[Tensor]) -> None:
         """computed: rows that went through all layers; scored: those that the outputs are of."""
+        assert self.programs.plan.logits is not None
         logits = outputs[self.programs.plan.logits][0]
         if self.state.mask_token_id < logits.shape[-1]:
             logits.index_fill_(-1, self._mask_column, -math.inf)
         probability, token = confidence(logits)
+        if self._looked is not None:
+            self._looked.computed(self.state, computed, scored, logits, probability, token)
         self.state.advance(computed, scored, probability, token, self.threshold, self.decode_counts)
 
     @property
@@ -571,12 +622,14 @@ class BatchGenerator:
         """Give free slots to what waits, and compute the K/V of the prompts' whole blocks."""
         if self._waiting and not any(self._slots):
             self.model.refresh_weights()
+            self.model.check_once()
         blocks: list[tuple[int, int, list[int]]] = []
+        length = self.block_length
         for at in range(self.max_batch):
             if not self._waiting or self._slots[at] is not None:
                 continue
             request = self._waiting.popleft()
-            prompt, length = request.prompt, self.block_length
+            prompt = request.prompt
             begin = len(prompt) // length * length
             blocks += [(at, b, prompt[b : b + length]) for b in range(0, begin, length)]
             given = prompt[begin:]
@@ -586,8 +639,7 @@ class BatchGenerator:
             self._slots[at] = _Slot(request, begin, len(given), DECODE, length, length - len(given))
         for first in range(0, len(blocks), PREFILL_BLOCKS):
             self._prefill(blocks[first : first + PREFILL_BLOCKS])
-        length = self.block_length
-        self.programs.summarise(self.caches, [(at, b, b + length) for at, b, _ in blocks])
+        self.programs.summarise(self.caches, ((at, b, b + length) for at, b, _ in blocks))
         if any(slot is not None for slot in self._slots):
             self._tell_phases()
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from focus_compile.block_diffusion.programs import BlockPrograms
+from focus_compile.block_diffusion.self_check import FirstBlocks
 from focus_compile.block_diffusion.tracing import ModelCall, trace
 from focus_compile.config import COMBINED, FocusConfig
 from focus_compile.errors import OptionError, PassError, RefusalError
 
-__all__ = ["BlockModel"]
+__all__ = ["COMPILED_KEY_OPTIONS", "BlockModel"]
 
 COMPILED_KEY_OPTIONS = (
     "dense_layers", "dense_tail_layers", "sink_tokens", "key_block", "block_summary",
@@ -35,6 +36,8 @@ class BlockModel:
     config: FocusConfig
     max_length: int
     cut: int
+    unchecked: FirstBlocks | None = field(default=None, repr=False)
+    """What is compared with the model's own forward before the first step."""
     _versions: tuple[int, ...] = ()
 
     @classmethod
@@ -64,7 +67,8 @@ class BlockModel:
             )  # fmt: skip
         except PassError as error:
             raise RefusalError(f"focus_compile: no block-diffusion program: {error}") from None
-        made = cls(programs, traced.arguments, config, max_length, cut)
+        first_blocks = FirstBlocks(model, call, traced)
+        made = cls(programs, traced.arguments, config, max_length, cut, first_blocks)
         made.refresh_weights()
         return made
 
@@ -90,12 +94,20 @@ class BlockModel:
             expected = f"at most {self.max_length}, as the model is compiled"
             raise OptionError.invalid("max_length", max_length, expected)
 
-    def refresh_weights(self) -> bool:
-        """Copy merged weights anew if any of the model's changed in place; whether one did."""
+    def check_once(self) -> None:
+        """Compare two blocks with the model's own forward, the first time only.
+
+        Raises:
+            RefusalError: they differ, now and in every later call.
+        """
+        if self.unchecked is not None:
+            self.unchecked.check(self.programs, self.arguments)
+            self.unchecked = None
+
+    def refresh_weights(self) -> None:
+        """Copy merged weights anew if any of the model's changed in place."""
         weights = (self.arguments[at] for at in self.programs.plan.positions("weight"))
         versions = tuple(0 if weight.is_inference() else weight._version for weight in weights)
-        if versions == self._versions:
-            return False
-        self.programs.merge(self.arguments)
-        self._versions = versions
-        return True
+        if versions != self._versions:
+            self.programs.merge(self.arguments)
+            self._versions = versions

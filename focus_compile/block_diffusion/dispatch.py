@@ -8,6 +8,7 @@ block only: those whose K/V are not final, and of these, past the cut, those tha
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +20,24 @@ from focus_compile.block_diffusion.programs import BlockPrograms
 from focus_compile.block_diffusion.state import COMMIT, BlockState, Listing
 from focus_compile.capture import Capture
 from focus_compile.config import COMBINED, EVICTING_POLICIES, FocusConfig
-from focus_compile.errors import SelfCheckError
 from focus_compile.fallback import warn_once
 from focus_compile.passes.block_causality import mask_inputs, why_not_block_causal
+from focus_compile.passes.length_dependence import LengthTables
 from focus_compile.pipeline import Pipeline
 from focus_compile.plan import Plan
 from focus_compile.policies.focus_evict import keep_rows
 from focus_compile.runtime.buckets import bucket_for
-from focus_compile.runtime.dispatch import NO_MASKS, Dispatcher
+from focus_compile.runtime.continuity import NEVER_CONTINUED
+from focus_compile.runtime.dispatch import (
+    CONTINUES,
+    EDITED,
+    NO_MASKS,
+    REPEATED,
+    Dispatcher,
+    Outcome,
+)
 from focus_compile.runtime.guard import CallInputs
+from focus_compile.runtime.inspection import TOP_TOKENS, active_inspector
 from focus_compile.runtime.latest_rows import LatestRows
 from focus_compile.runtime.programs import Programs
 from focus_compile.runtime.self_check import rows_differ
@@ -53,8 +63,9 @@ class BlockTrajectory(OwnedTrajectory):
     """State of a run of calls: everything before the last block is final.
 
     ids, guarded: of the last call. evicted bool [batch, B]: masked positions of the last block that
-    the last call did not compute; faint: those of them whose logits were made faint. least, most:
-    tokens decoded per step and sequence so far.
+    the last call did not compute; faint: those of them whose logits were made faint. tables: what
+    rows read beside tokens, as of the last length. least, most: tokens decoded per step and
+    sequence so far.
     """
 
     ids: Tensor
@@ -64,9 +75,12 @@ class BlockTrajectory(OwnedTrajectory):
     outputs: list[LatestRows]
     evicted: Tensor
     faint: Tensor
+    tables: list[Any]
     least: int | None = None
     most: int = 0
     evicts: bool = True
+    fresh: bool = True
+    """Whether no step ran since all rows were computed."""
 
     @property
     def length(self) -> int:
@@ -94,15 +108,16 @@ class _Seen:
     """What the host learns of a call.
 
     masked: anywhere; earlier_masked: before the last block. The rest is about a trajectory's call:
-    same_prefix, only_decoded: what was before the block, and how the block changed; chose_evicted:
-    a row that was not computed was decoded; decoded, listed: tokens decoded since the last call,
-    and rows whose K/V are not final, per sequence.
+    same_prefix, only_decoded, changed: what was before the block, and how and whether the block
+    changed; chose_evicted: a row that was not computed was decoded; decoded, listed: tokens decoded
+    since the last call, and rows whose K/V are not final, per sequence.
     """
 
     masked: bool
     earlier_masked: bool
     same_prefix: bool = False
     only_decoded: bool = False
+    changed: bool = False
     chose_evicted: bool = False
     decoded: tuple[int, ...] = ()
     listed: tuple[int, ...] = ()
@@ -130,50 +145,64 @@ class BlockDispatcher(Dispatcher):
             captured, pipeline, plan, config.block_length, config.evict_layer, config.lowering
         )
         at = {node.name: i for i, node in enumerate(self.gm.graph.find_nodes(op="placeholder"))}
-        self.key_block = plan.key_block if self.blocks.sparse else None
+        self.key_block = self.blocks.key_block
         self.keep_ratio = config.keep_ratio if config.policy == COMBINED else 1.0
         self.masks = {name: at[name] for name in mask_inputs(self.gm, plan)}
-        self.tables = [at for at in plan.positions("guarded") if at not in self.masks.values()]
+        self.tables = LengthTables(self.gm, plan)
 
     @property
     def _compile_seconds(self) -> float:
         return self.programs.compile_seconds + self.blocks.compile_seconds
 
-    def _incremental(
-        self, slot: Slot, args: Sequence[Any]
-    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    def _incremental(self, slot: Slot, args: Sequence[Any]) -> Outcome | str:
         call = CallInputs.of(self.plan, args)
         held = slot.trajectory if isinstance(slot.trajectory, BlockTrajectory) else None
+        inspector, begun = active_inspector(), time.perf_counter()
+        self._require_agreement(call)
         why = self._why_not_comparable(held, call)
         seen = self._see(held if why is None else None, call.ids)
-        if not seen.masked:
-            return self._exact(args, NO_MASKS)
-        reason = self._why_not_blocks(call.ids, seen)
-        if reason is not None:
-            slot.trajectory = None
-            return self._exact(args, self._refuse(reason))
-        slot.trajectory = None
         if why is None and held is not None:
             why = self._why_not_continued(held, call, seen, args)
+        if inspector is not None:
+            inspector.guard_seconds = time.perf_counter() - begun
+        finishing = why is None and held is not None and call.ids.shape[1] == held.length
+        if not seen.masked and not finishing:
+            return NO_MASKS
+        slot.trajectory = None
+        reason = self._why_not_blocks(call.ids, seen)
+        if reason is not None:
+            return self._refuse(reason)
         if why is None and held is not None:
-            outputs, entry = self._continue_block(held, call, seen, args)
+            outcome = self._continue_block(held, call, seen, args)
+            slot.trajectory = held
+            if seen.changed:
+                slot.continuity.continued()
+            return outcome
+        held = None  # what is replaced must be gone before its successor is made
+        reason = self._why_not_begun(slot, call, args)
+        if reason is not None:
+            return self._refuse(reason)
+        held, outputs, entry = self._begin_blocks(call, args, f"new trajectory: {why}")
+        if self._refused is not None:
+            return self._refused
+        prepared = asked_for()
+        if prepared is not None:
+            prepared.append(self._prepare(held, args))
         else:
-            reason = self._why_cannot_begin(call) or self._why_no_masks(args)
-            if reason is None:
-                plan = self.programs.memory_plan(args, self._first_row(call.ids))
-                reason = plan.why_no_room(call.ids.device)
-            if reason is not None:
-                return self._exact(args, self._refuse(reason))
-            held = None  # what is replaced must be gone before its successor is made
-            held, outputs, entry = self._begin(call, args, f"new trajectory: {why}")
-            if self._refused is not None:
-                return self._exact(args, self._refused)
-            prepared = asked_for()
-            if prepared is not None:
-                prepared.append(self._prepare(held, args))
-                return outputs, entry
-        slot.trajectory = held
+            slot.continuity.refreshed()
+            slot.trajectory = held
         return outputs, entry
+
+    def _why_not_begun(self, slot: Slot, call: CallInputs, args: Sequence[Any]) -> str | None:
+        if asked_for() is None:
+            first = slot.continuity.first_ids(call.ids, self._mask_token_id, self.block)
+            if first is None:
+                return NEVER_CONTINUED
+        reason = self._why_cannot_begin(call) or self._why_no_masks(args)
+        if reason is None:
+            plan = self.programs.memory_plan(args, self._first_row(call.ids))
+            reason = plan.why_no_room(call.ids.device)
+        return self._anywhere(reason, call.ids.device)
 
     def _why_not_blocks(self, ids: Tensor, seen: _Seen) -> str | None:
         length = ids.shape[1]
@@ -214,22 +243,23 @@ class BlockDispatcher(Dispatcher):
         flags += [
             (ids[:, :at] == held.ids[:, :at]).all(),
             ((was == now) | undecided).all(),
+            (was != now).any() | (ids.shape[1] > held.length),
             (decoded & held.evicted).any(),
         ]
         counts = [decoded.sum(1), held.state.uncached.sum(1)]
         values = torch.cat([torch.stack(flags).long(), *counts]).tolist()
         batch = ids.shape[0]
-        some, earlier, prefix, only, chose = map(bool, values[:5])
+        some, earlier, prefix, only, changed, chose = map(bool, values[:6])
         return _Seen(
-            some, earlier, prefix, only, chose,
-            tuple(values[5 : 5 + batch]), tuple(values[5 + batch :]),
+            some, earlier, prefix, only, changed, chose,
+            tuple(values[6 : 6 + batch]), tuple(values[6 + batch :]),
         )  # fmt: skip
 
     def _why_not_continued(
         self, held: BlockTrajectory, call: CallInputs, seen: _Seen, args: Sequence[Any]
     ) -> str | None:
-        if not seen.same_prefix or not seen.only_decoded:
-            return "ids changed other than from mask to token"
+        if not seen.same_prefix:
+            return "ids changed before the block being decoded"
         grew = call.ids.shape[1] > held.length
         if grew and self._why_no_masks(args) is not None:
             return "the mask changed"
@@ -239,7 +269,13 @@ class BlockDispatcher(Dispatcher):
                 continue  # just proven
             if not _extends(mine, given, held.length, call.ids.shape[1]):
                 return "another input changed"
-        return None
+        if not grew:
+            return None
+        was, held.tables = held.tables, self.tables.values(args, call.ids)
+        changed = self.tables.why_changed(was, held.tables)
+        if changed is not None:
+            warn_once(f"focus_compile: {changed}")
+        return None if changed is None else str(changed)
 
     def _why_no_masks(self, args: Sequence[Any]) -> str | None:
         """Why the masks of this call are not block-causal, if they are not."""
@@ -247,7 +283,7 @@ class BlockDispatcher(Dispatcher):
         refusal = why_not_block_causal(self.gm, self.plan, values, self.block)
         return None if refusal is None else str(refusal)
 
-    def _begin(
+    def _begin_blocks(
         self, call: CallInputs, args: Sequence[Any], why: str
     ) -> tuple[BlockTrajectory, tuple[Tensor, ...], dict[str, Any]]:
         """Compute all rows, and keep the K/V of all and the logits of the response's."""
@@ -256,21 +292,20 @@ class BlockDispatcher(Dispatcher):
         first = self._first_row(ids)
         fresh = self.programs.allocate(args)
         rows = torch.arange(first, length, device=ids.device).repeat(batch, 1)
-        outputs = self.programs.refresh(*args, rows, *fresh)
+        outputs = self._run_all(args, rows, fresh)
         capacity = length + SPARE_BLOCKS * self.block
         caches = self.blocks.allocate(batch, capacity, ids.device)
         self.blocks.copy(fresh, caches, length)
         del fresh
         self.blocks.merge(args)
         with torch.inference_mode(False):
-            state = BlockState.allocate(
-                batch, self.block, capacity, self._mask_token_id, ids.device, True, self.key_block
-            )
+            state = self._state(batch, capacity, ids.device)
             held = BlockTrajectory(
                 self, SeenWeights(call.weights), current_stream(ids), ids.clone(),
                 tuple(tensor.clone() for tensor in call.guarded), caches, state,
                 [LatestRows(values, first) for values in outputs],
                 torch.zeros_like(state.uncached), torch.zeros_like(state.uncached),
+                self.tables.values(args, ids),
             )  # fmt: skip
         state.enter(ids[:, length - self.block :], length - self.block)
         if not self._checked:
@@ -281,8 +316,32 @@ class BlockDispatcher(Dispatcher):
             latest.hand_out() if first else latest.lend(values)
             for latest, values in zip(held.outputs, outputs, strict=True)
         )
-        keys = self._keys_read(length, None)
+        keys = self.calls.keys_read(length, None)
         return held, returned, {"program": "refresh", "why": why, "rows": ids.numel(), "keys": keys}
+
+    def _run_all(
+        self, args: Sequence[Any], rows: Tensor, state: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """A forward of all rows: the outputs at `rows`, K/V into the state."""
+        inspector = active_inspector()
+        if inspector is None:
+            return self.programs.refresh(*args, rows, *state)
+        ids = args[self.plan.ids.position]
+        masked = ids.eq(self._mask_token_id)
+        start = ids.shape[1] - self.block
+        return inspector.refresh(
+            lambda: self.programs.refresh(*args, rows, *state),
+            masked & (torch.arange(ids.shape[1], device=ids.device) >= start),
+            torch.full((ids.shape[0],), start, device=ids.device),
+            self.plan.sink_tokens or TOP_TOKENS,
+        )
+
+    def _state(self, batch: int, capacity: int, device: torch.device) -> BlockState:
+        """Of a trajectory with room for `capacity` tokens."""
+        return BlockState.allocate(
+            batch, self.block, capacity, self._mask_token_id, device, padded=True,
+            key_block=self.key_block,
+        )  # fmt: skip
 
     def _prepare(self, held: BlockTrajectory, args: Sequence[Any]) -> WarmUp:
         """Run a step of each kind; the trajectory is of no use afterwards."""
@@ -304,63 +363,109 @@ class BlockDispatcher(Dispatcher):
         listing = held.state.listing(self.block, everything=True, commit_all=True)
         chosen = torch.arange(self.block, device=held.ids.device).repeat(held.ids.shape[0], 1)
         ours = self.blocks.run_whole(args, held.caches, listing.rows, chosen, listing.rows.starts)
-        problem = rows_differ(ours, [values[:, -self.block :] for values in dense])
+        problem = rows_differ(ours, [values[:, -self.block :] for values in dense], self.plan)
+        problem = self._anywhere(problem, held.ids.device)
         if problem is not None:
-            message = f"the plan failed its first-run check: {problem}"
-            if self.config.strict:
-                raise SelfCheckError(f"focus_compile: {message}.")
-            self._refused = self._refuse(message)
+            self._refuse_plan(problem)
 
-    def _listing(self, state: BlockState, rows: int, *, everything: bool = False) -> Listing:
-        return state.listing(
-            rows, everything=everything, commit_all=True, keep_ratio=self.keep_ratio
-        )
+    def _listing(
+        self, state: BlockState, rows: int, *, everything: bool = False, all_keys: bool = False
+    ) -> Listing:
+        keep_ratio = 1.0 if all_keys else self.keep_ratio
+        return state.listing(rows, everything=everything, commit_all=True, keep_ratio=keep_ratio)
 
     def _continue_block(
         self, held: BlockTrajectory, call: CallInputs, seen: _Seen, args: Sequence[Any]
-    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """A step of the last block, after the one before it was committed if it is new."""
+    ) -> Outcome:
+        """A step of the last block, after the one before it was committed if it is new.
+
+        Where decided tokens of the block changed, or none of it is masked any more, all its rows
+        are computed anew, from all keys.
+        """
+        if held.fresh and not seen.changed:
+            again = tuple(latest.hand_out() for latest in held.outputs)
+            return again, {"program": "step", "why": REPEATED, "rows": 0}
+        held.fresh = False
+        if seen.only_decoded:
+            self._learn(held, seen)
+        state, listed = held.state, seen.listed
+        entered = call.ids.shape[1] > held.length
+        whole = not entered and not (seen.only_decoded and seen.masked)
+        if whole or not seen.only_decoded:
+            begin = held.length - self.block
+            state.enter(call.ids[:, begin : held.length], begin)
+        if entered:
+            self._commit(held, call, args)
+        elif not whole:
+            state.tokens.copy_(call.ids[:, -self.block :])
+            state.decoded.add(torch.tensor(seen.decoded, device=state.tokens.device))
+        if entered or whole or self.config.policy == "block-diffusion":
+            listed = (self.block,) * call.ids.shape[0]
+        held.ids = call.ids.clone()
+        held.guarded = tuple(tensor.clone() for tensor in call.guarded)
+        bucket = min(bucket_for(max(listed), self.config.buckets, self.block, "cpu"), self.block)
+        kept, narrow, outputs = self._watched_step(held, args, bucket, sum(listed), whole)
+        for latest, values in zip(held.outputs, outputs, strict=True):
+            self._keep_latest(held, latest, narrow, values)
+        state.computed(narrow)
+        entry = {
+            "program": "step",
+            "why": self._why_step(entered, seen),
+            "rows": sum(listed),
+            "kept": kept,
+            "bucket": bucket,
+            "keys": self._keys_of_step(call.ids.shape[1], exact=whole),
+        }
+        return tuple(latest.hand_out() for latest in held.outputs), entry
+
+    def _watched_step(
+        self, held: BlockTrajectory, args: Sequence[Any], bucket: int, listed: int, whole: bool
+    ) -> tuple[int, Listing, Sequence[Tensor]]:
+        """`_step_rows`, shown to who looks."""
+        inspector, state = active_inspector(), held.state
+        if inspector is None:
+            return self._step_rows(held, args, bucket, listed, exact=whole)
+        everything = self.config.policy == "block-diffusion"
+        rows = torch.ones_like(state.uncached) if everything else state.uncached.clone()
+        with inspector.reading_keys():
+            done = self._step_rows(held, args, bucket, listed, exact=whole)
+        inspector.computed(rows, kept=state.spread(done[1]))
+        return done
+
+    def _learn(self, held: BlockTrajectory, seen: _Seen) -> None:
+        """How many tokens a call decodes, and whether the caller decodes what was evicted."""
         for decoded in seen.decoded:
             if decoded:
                 held.observe(decoded)
         if seen.chose_evicted and held.evicts:
             held.evicts = False
             warn_once(f"focus_compile: {_CHOSE_EVICTED}")
-        state, listed = held.state, seen.listed
-        entered = call.ids.shape[1] > held.length
+
+    def _why_step(self, entered: bool, seen: _Seen) -> str:
         if entered:
-            self._commit(held, call, args)
-        else:
-            state.tokens.copy_(call.ids[:, -self.block :])
-            state.decoded.add(torch.tensor(seen.decoded, device=state.tokens.device))
-        if entered or self.config.policy == "block-diffusion":
-            listed = (self.block,) * call.ids.shape[0]
-        held.ids = call.ids.clone()
-        held.guarded = tuple(tensor.clone() for tensor in call.guarded)
-        bucket = min(bucket_for(max(listed), self.config.buckets, self.block, "cpu"), self.block)
-        kept, narrow, outputs = self._step_rows(held, args, bucket, sum(listed))
-        for latest, values in zip(held.outputs, outputs, strict=True):
-            self._keep_latest(held, latest, narrow, values)
-        state.computed(narrow)
-        entry = {
-            "program": "step",
-            "why": "the next block" if entered else "continues the trajectory",
-            "rows": sum(listed),
-            "kept": kept,
-            "bucket": bucket,
-            "keys": self._keys_of_step(call.ids.shape[1]),
-        }
-        return tuple(latest.hand_out() for latest in held.outputs), entry
+            return "the next block"
+        if not seen.only_decoded:
+            return EDITED
+        return CONTINUES if seen.masked else "the block is finished"
 
     def _step_rows(
-        self, held: BlockTrajectory, args: Sequence[Any], bucket: int, listed: int
+        self,
+        held: BlockTrajectory,
+        args: Sequence[Any],
+        bucket: int,
+        listed: int,
+        *,
+        exact: bool = False,
     ) -> tuple[int, Listing, Sequence[Tensor]]:
-        """(rows past the cut, their listing, outputs at them); notes what was evicted."""
+        """(rows past the cut, their listing, outputs at them); notes what was evicted.
+
+        exact: nothing is, and all keys are read.
+        """
         state, batch = held.state, held.ids.shape[0]
         everything = self.config.policy == "block-diffusion"
-        listing = self._listing(state, bucket, everything=everything)
+        listing = self._listing(state, bucket, everything=everything, all_keys=exact)
         evicts = self.config.policy in EVICTING_POLICIES and held.evicts and held.least is not None
-        if not evicts or math.isinf(self.config.evict_alpha):
+        if exact or not evicts or math.isinf(self.config.evict_alpha):
             chosen = torch.arange(bucket, device=held.ids.device).repeat(batch, 1)
             held.evicted.fill_(False)
             starts = listing.rows.starts
@@ -387,10 +492,10 @@ class BlockDispatcher(Dispatcher):
         held.evicted.copy_(state.spread(listing) & ~state.spread(narrow))
         return sum(counts), narrow, outputs
 
-    def _keys_of_step(self, length: int) -> dict[str, int]:
+    def _keys_of_step(self, length: int, *, exact: bool) -> dict[str, int]:
         """Keys that each layer of a region reads at most, in a step."""
-        keys = self._keys_read(length, None)
-        if self.key_block is not None:
+        keys = self.calls.keys_read(length, None)
+        if self.key_block is not None and not exact:
             candidates = (length - self.block) // self.key_block
             kept = max(math.ceil(candidates * self.keep_ratio), self.plan.sink_blocks)
             left_out = max(candidates - kept, 0) * self.key_block
@@ -402,6 +507,7 @@ class BlockDispatcher(Dispatcher):
     ) -> None:
         """Write the outputs of computed rows, and make those of evicted ones faint."""
         batch, begin = held.ids.shape[0], held.length - self.block
+        assert self.plan.logits is not None
         if latest is held.outputs[self.plan.logits]:
             fade = held.evicted & ~held.faint
             rows = latest.master[:, begin - latest.first :]
@@ -423,6 +529,10 @@ class BlockDispatcher(Dispatcher):
         outputs = self.blocks.run_whole(
             args, held.caches, listing.rows, chosen, listing.rows.starts
         )
+        inspector = active_inspector()
+        if inspector is not None:  # the last block's rows, in a call of one block more
+            finished = torch.ones_like(state.uncached)
+            inspector.computed(torch.nn.functional.pad(finished, (0, block)))
         done = (held.length - block, held.length)
         self.blocks.summarise(held.caches, [(slot, *done) for slot in range(batch)])
         end, room = held.length + block, state.max_length
@@ -442,11 +552,7 @@ class BlockDispatcher(Dispatcher):
         batch, device = held.ids.shape[0], held.ids.device
         caches = self.blocks.allocate(batch, capacity, device)
         self.blocks.copy(held.caches, caches, held.length)
-        old = held.state
-        held.state = BlockState.allocate(
-            batch, self.block, capacity, self._mask_token_id, device, True, self.key_block
-        )
-        del old
+        held.state = self._state(batch, capacity, device)
         return caches
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from focus_compile.capture import Capture
-from focus_compile.kernels.block_summaries.op import block_summaries
+from focus_compile.kernels.block_summaries.op import block_summaries, summary_width
 from focus_compile.lowering.program import InputSpec, Program
 from focus_compile.passes.block_step import (
     CHOSEN_INPUTS,
@@ -116,7 +116,7 @@ class BlockPrograms:
         handed = [InputSpec(item.input, item.shape) for item in frontier_of(gm, plan, cut)]
         rows, batch = block_length, plan.batch
         graphs = {
-            "whole": BuildWhole(plan, rows, cut).apply(gm),
+            "whole": BuildWhole(plan, rows, len(plan.sites) - 1).apply(gm),
             "prefix": BuildPrefix(plan, rows, cut).apply(gm),
             "suffix": BuildSuffix(plan, rows, cut).apply(gm),
         }
@@ -130,7 +130,11 @@ class BlockPrograms:
         for name, graph in graphs.items():
             merged_of[name] = _merge(pipeline, plan, graph, inputs[name])
             pipeline.dump(name, graph)
-        made = {name: Program(name, graphs[name], inputs[name], lowering) for name in graphs}
+        labels = {"whole": plan.labels, "prefix": plan.labels[:cut], "suffix": plan.labels[cut:]}
+        made = {
+            name: Program(name, graph, inputs[name], lowering, labels=labels[name])
+            for name, graph in graphs.items()
+        }
         by_rows = {spec.name: spec for spec in (*listed, *chosen)}
         leave = BuildLeave(plan, rows, cut).apply(gm)
         pipeline.dump("leave", leave)
@@ -142,9 +146,10 @@ class BlockPrograms:
 
     def allocate(self, slots: int, capacity: int, device: torch.device) -> list[Tensor]:
         """Caches of `slots` sequences of up to `capacity` tokens."""
+        kind = self.plan.block_summary
         tokens, blocks = capacity + SCRATCH, capacity // self.plan.key_block
         sizes = [(site, tokens, site.head_dim) for site in self.plan.sites for _ in range(2)]
-        sizes += [(site, blocks, _summary_width(self.plan, site)) for site in self.sparse]
+        sizes += [(site, blocks, summary_width(site.head_dim, kind)) for site in self.sparse]
         with torch.inference_mode(False), torch.no_grad():
             return [
                 torch.zeros(
@@ -160,6 +165,11 @@ class BlockPrograms:
         """The layers that choose keys."""
         return self.plan.sites_of("sparse-suffix")
 
+    @property
+    def key_block(self) -> int | None:
+        """Tokens of a key block, None where no layer chooses keys."""
+        return self.plan.key_block if self.sparse else None
+
     def copy(self, source: Sequence[Tensor], target: Sequence[Tensor], length: int) -> None:
         """What caches hold of the first `length` tokens, and of the key blocks full by then."""
         blocks = length // self.plan.key_block
@@ -169,9 +179,11 @@ class BlockPrograms:
 
     def summarise(self, caches: Sequence[Tensor], done: Iterable[tuple[int, int, int]]) -> None:
         """Summaries of the key blocks that became full: (slot, from, to) in tokens, all final."""
-        size = self.plan.key_block
+        size = self.key_block
+        if size is None:
+            return
         pairs = [(slot, j) for slot, a, b in done for j in range(a // size, b // size)]
-        if not self.sparse or not pairs:
+        if not pairs:
             return
         device = caches[0].device
         slots, blocks = torch.tensor(pairs, device=device).unbind(1)
@@ -273,10 +285,6 @@ def _specs(names: Sequence[str], plan: Plan) -> list[InputSpec]:
     return [InputSpec(name, shapes[name]) for name in names]
 
 
-def _summary_width(plan: Plan, site: Site) -> int:
-    return site.head_dim * (2 if plan.block_summary == "bound" else 1)
-
-
 def _cache_specs(plan: Plan) -> list[InputSpec]:
     caches = [
         InputSpec(
@@ -288,7 +296,7 @@ def _cache_specs(plan: Plan) -> list[InputSpec]:
         for what in ("key", "value")
     ]
     for site in plan.sites_of("sparse-suffix"):
-        width = sympy.Integer(_summary_width(plan, site))
+        width = sympy.Integer(summary_width(site.head_dim, plan.block_summary))
         shape = (SLOTS, sympy.Integer(site.kv_heads), KEY_BLOCKS, width)
         caches.append(InputSpec(f"summaries_{site.index}", shape, static=True))
     return caches

@@ -1,7 +1,9 @@
-"""Whether eviction pays: milliseconds per decoded token with it and without, as measured."""
+"""Whether eviction pays: how much shorter a step is with it, against how many tokens fewer it
+decodes, as measured."""
 
 from __future__ import annotations
 
+import statistics
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -12,6 +14,12 @@ WARM_UP = 2
 TRIALS = 3
 """Steps after those that are measured before a choice is made."""
 REMEMBERED = 16
+"""Times of a size that count."""
+YIELDS = 256
+"""Steps whose yields count, of all sizes: they scatter far more than times do."""
+WORTH = 0.95
+"""Share of a whole step's time that an evicting one may take at most. It decodes no more than a
+whole one ever, and a loss of a few percent only shows after many steps."""
 RETRY = 128
 """Choices after which the other way is measured once more."""
 
@@ -19,11 +27,7 @@ RETRY = 128
 @dataclass
 class _Way:
     seen: int = 0
-    measured: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
-
-    def per_token(self) -> float:
-        milliseconds = sum(one for one, _ in self.measured)
-        return milliseconds / max(1, sum(decoded for _, decoded in self.measured))
+    milliseconds: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
 
 @dataclass
@@ -33,35 +37,57 @@ class StepCosts:
 
     _ways: dict[tuple[int, bool], _Way] = field(default_factory=dict)
     _chosen: dict[int, int] = field(default_factory=dict)
+    _yields: dict[bool, deque[tuple[int, int]]] = field(
+        default_factory=lambda: {way: deque(maxlen=YIELDS) for way in (False, True)}
+    )
 
     def evict(self, rows: int) -> bool:
         """Whether a step of so many rows had better evict."""
-        ways = {evicts: self._way(rows, evicts) for evicts in (False, True)}
-        for evicts, way in ways.items():
+        whole, evicting = self._way(rows, False), self._way(rows, True)
+        for way, evicts in ((whole, False), (evicting, True)):
             if way.seen < WARM_UP + TRIALS:
                 return evicts
         size = _size(rows)
         choices = self._chosen[size] = self._chosen.get(size, 0) + 1
-        faster = ways[True].per_token() < ways[False].per_token()
-        return faster if choices % RETRY else not faster
+        took = statistics.median(evicting.milliseconds) / statistics.median(whole.milliseconds)
+        pays = took < min(WORTH, self.share_decoded)
+        return pays if choices % RETRY else not pays
 
-    def measured(self, rows: int, evicts: bool, milliseconds: float, decoded: int) -> None:
-        """A step took so long, with the read of its results."""
+    @property
+    def share_decoded(self) -> float:
+        """Tokens that an evicting step decodes of a sequence, over those of a whole step."""
+        whole, evicting = (self._mean_yield(evicts) for evicts in (False, True))
+        return evicting / whole if whole else 1.0
+
+    def measured(
+        self, rows: int, evicts: bool, milliseconds: float, decoded: int, sequences: int
+    ) -> None:
+        """A step took so long, with the read of its results, and decoded so many tokens of so many
+        sequences."""
         way = self._way(rows, evicts)
         way.seen += 1
         if way.seen > WARM_UP:
-            way.measured.append((milliseconds, decoded))
+            way.milliseconds.append(milliseconds)
+        self._yields[evicts].append((decoded, sequences))
 
-    def to_dict(self) -> dict[str, dict[str, float | int | None]]:
-        """Milliseconds per decoded token by rows, JSON types."""
-        found: dict[str, dict[str, float | int | None]] = {}
+    def to_dict(self) -> dict[str, dict[str, float | None]]:
+        """Milliseconds of a step by rows, and tokens decoded of a sequence, as JSON types."""
+        found: dict[str, dict[str, float | None]] = {}
         for (rows, evicts), way in sorted(self._ways.items()):
-            name = "evicting" if evicts else "whole"
-            found.setdefault(str(rows), {})[name] = way.per_token() if way.measured else None
+            measured = statistics.median(way.milliseconds) if way.milliseconds else None
+            found.setdefault(str(rows), {})[_NAMES[evicts]] = measured
+        found["decoded"] = {name: self._mean_yield(evicts) for evicts, name in _NAMES.items()}
         return found
+
+    def _mean_yield(self, evicts: bool) -> float:
+        steps = self._yields[evicts]
+        return sum(decoded for decoded, _ in steps) / max(1, sum(count for _, count in steps))
 
     def _way(self, rows: int, evicts: bool) -> _Way:
         return self._ways.setdefault((_size(rows), evicts), _Way())
+
+
+_NAMES = {False: "whole", True: "evicting"}
 
 
 def _size(rows: int) -> int:

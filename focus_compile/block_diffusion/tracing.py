@@ -104,6 +104,8 @@ def trace(
         raise _refused(backend.refusals[0])
     captured, pipeline, plan = backend.captured, backend.pipeline, backend.plan
     assert captured is not None and pipeline is not None and plan is not None  # noqa: PT018
+    if captured.local is not None:
+        raise _refused(_SPLIT)
     placeholders = pipeline.gm.graph.find_nodes(op="placeholder")
     given = {
         node.name: value.detach().cpu()
@@ -153,6 +155,13 @@ def _graphs_of(call: Callable[[], Tensor], config: FocusConfig) -> list[tuple[An
     with torch.no_grad():
         torch.compile(call, backend=collect, dynamic=False)()
     return list(calls.items())
+
+
+_SPLIT = Refusal(
+    "the weights are DTensors, which BatchGenerator has no form for",
+    remedy="Give each rank a whole model and its own requests, or call torch.compile(model, "
+    'backend="focus", mode="focus-evict") in a loop of your own.',
+)
 
 
 def _light(value: Any, mask: Tensor) -> Any:

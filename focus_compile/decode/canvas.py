@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Sized
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from focus_compile.decode.sampler import DecodeProgress
 
-__all__ = ["Canvas"]
+__all__ = ["BlockDrawing", "Canvas"]
 
 _REDRAW_SECONDS = 0.1
 _PLAIN_LINES = 4
@@ -26,8 +27,8 @@ class Canvas:
     """A `progress` callback for `generate` that draws the first sequence of the batch.
 
     Use it as a context manager. On a terminal it redraws in place, at most ten times a second;
-    elsewhere it prints a few plain lines. Time spent drawing is kept in `seconds`, so that a
-    measurement can leave it out.
+    elsewhere it prints a few plain lines. Time spent drawing, and what else is left out, is kept in
+    `seconds`, so that a measurement can leave it out.
     """
 
     def __init__(
@@ -95,6 +96,10 @@ class Canvas:
             self._drawn_at = begun
         self.seconds += time.perf_counter() - begun
 
+    def leave_out(self, seconds: float) -> None:
+        """Count these no more than drawing, such as seconds spent compiling."""
+        self.seconds += seconds
+
     def _print_line(self, progress: DecodeProgress) -> None:
         """One line each time another quarter of the response is decoded."""
         decoded = sum(token != self._mask_token_id for token in self._response(progress))
@@ -136,7 +141,7 @@ class Canvas:
         return response
 
     def _rate(self, decoded: int) -> float:
-        """Tokens a second so far, without the time spent drawing."""
+        """Tokens a second so far, without the time that is left out."""
         return decoded / max(time.perf_counter() - self._started - self.seconds, 1e-9)
 
     def _piece(self, token: int) -> str:
@@ -145,3 +150,20 @@ class Canvas:
             piece = self._tokenizer.decode([token], skip_special_tokens=True)
             self._pieces[token] = piece or "·"
         return self._pieces[token]
+
+
+class BlockDrawing:
+    """After every step of a `BatchGenerator`, tells a canvas how far one response is."""
+
+    def __init__(self, canvas: Canvas, history: Sized, tokens: int, mask_token_id: int) -> None:
+        """history: the generator's; tokens: of the whole response."""
+        self._canvas, self._history, self._mask = canvas, history, mask_token_id
+        self._before = torch.full((1, tokens), mask_token_id)
+
+    def __call__(self, response: Sequence[int]) -> None:
+        """Draw the response so far; what it lacks is undecided."""
+        ids = torch.full_like(self._before, self._mask)
+        ids[0, : len(response)] = torch.tensor(response)
+        fresh = (ids != self._before) & (ids != self._mask)
+        self._before = ids
+        self._canvas(DecodeProgress(ids=ids, decoded=fresh, step=len(self._history), total=None))

@@ -102,6 +102,7 @@ def generate(
     temperature: float = 0.0,
     attention_mask: Tensor | None = None,
     eos_token_id: int | None = None,
+    ended: Callable[[Tensor], Tensor] | None = None,
     generator: torch.Generator | None = None,
     progress: Callable[[DecodeProgress], object] | None = None,
 ) -> GenerateResult:
@@ -123,16 +124,22 @@ def generate(
         attention_mask: [batch, prompt], 1 for tokens and 0 for padding; the response is added.
         eos_token_id: where a sequence's finished block holds this token, the rest of its response
             is filled with it without further calls. None decodes everything.
+        ended: given the responses up to the block just finished, [batch, tokens], tells which of
+            them are complete, [batch] bool, for endings that are no single token; their rest is
+            filled with `eos_token_id` as well.
         generator: the source of randomness at a temperature above 0.
         progress: called after every model call.
 
     Raises:
         OptionError: arguments out of range or not divisible, no mask token id, a prompt that
-            holds masks, or a model whose result is not logits for every position.
+            holds masks, or a model whose result is not logits for every position; `ended` without
+            an `eos_token_id`.
     """
     mask_token_id = _mask_token_id(model, mask_token_id)
     _check_prompt(input_ids, attention_mask, mask_token_id)
     _check_rates(threshold, temperature)
+    if ended is not None and eos_token_id is None:
+        raise OptionError("generate: ended= needs eos_token_id, which fills a response's rest")
     blocks = count_blocks(gen_length, block_length)
     block_length = gen_length // blocks
     counts = None if threshold is not None else _counts(gen_length, blocks, steps)
@@ -152,8 +159,10 @@ def generate(
                 decoded[:, block] = chosen
                 progress(DecodeProgress(ids, decoded, calls, total))
         if eos_token_id is not None:
-            ended = (ids[:, block] == eos_token_id).any(dim=1)
-            ids[ended, block.stop :] = eos_token_id
+            complete = (ids[:, block] == eos_token_id).any(dim=1)
+            if ended is not None:
+                complete |= ended(ids[:, input_ids.shape[1] : block.stop]).to(ids.device)
+            ids[complete, block.stop :] = eos_token_id
     return GenerateResult(ids, calls)
 
 

@@ -40,6 +40,8 @@ class Answer:
     right: tuple[bool, ...]
     """Whether each of the pairs asked for is stated."""
     model_calls: int
+    ids: tuple[int, ...] = ()
+    """Prompt and response."""
 
 
 def answer(
@@ -90,6 +92,6 @@ def answer_all(
     responses = result.ids[:, prompts.shape[1] :]
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
     return [
-        Answer(text, example.marks(text), result.model_calls)
-        for text, example in zip(texts, examples, strict=True)
+        Answer(text, example.marks(text), result.model_calls, tuple(ids))
+        for text, example, ids in zip(texts, examples, result.ids.tolist(), strict=True)
     ]

@@ -10,20 +10,18 @@ the time that drawing takes. The canvas shows the first question's response.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from focus_compile.block_diffusion.batch_generator import BatchGenerator
 from focus_compile.block_diffusion.block_model import BlockModel
 from focus_compile.config import COMBINED
-from focus_compile.decode.canvas import Canvas
-from focus_compile.decode.sampler import DecodeProgress
+from focus_compile.decode.canvas import BlockDrawing, Canvas
 from focus_compile.demo import block_arms, environment, retrieval
 from focus_compile.demo.block_arms import BlockArm, BlockQuestions, Responses
 
@@ -203,7 +201,9 @@ def _run_arm(
         program=lambda: f"{generator.history[-1].kept} rows",
         console=console,
     ) as canvas:
-        draw = _Drawing(generator, canvas, settings.gen_length, model.config.mask_token_id)
+        draw = BlockDrawing(
+            canvas, generator.history, settings.gen_length, model.config.mask_token_id
+        )
         found = block_arms.decode(generator, tokenizer, examples, settings.gen_length, draw)
     marks, work = found.marks(), found.work
     first, *milliseconds = [step.milliseconds for step in generator.history]
@@ -219,18 +219,3 @@ def _run_arm(
         compile_seconds=compile_seconds,
     )
     return result, found
-
-
-class _Drawing:
-    """After every step, tells the canvas how far the first response is."""
-
-    def __init__(self, generator: BatchGenerator, canvas: Canvas, tokens: int, mask: int) -> None:
-        self._history, self._canvas, self._mask = generator.history, canvas, mask
-        self._before = torch.full((1, tokens), mask)
-
-    def __call__(self, response: Sequence[int]) -> None:
-        ids = torch.full_like(self._before, self._mask)
-        ids[0, : len(response)] = torch.tensor(response)
-        fresh = (ids != self._before) & (ids != self._mask)
-        self._before = ids
-        self._canvas(DecodeProgress(ids=ids, decoded=fresh, step=len(self._history), total=None))

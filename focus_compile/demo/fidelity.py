@@ -14,10 +14,14 @@ from focus_compile.config import FocusConfig
 from focus_compile.decode.sampler import count_blocks
 from focus_compile.demo import environment, retrieval
 from focus_compile.demo.arms import Arm, answer_all
+from focus_compile.errors import OptionError
+from focus_compile.runtime.record import StepRecord
 
 __all__ = ["KEEP_RATIOS", "FidelityResult", "FidelitySettings", "Score", "arms", "run", "table"]
 
 KEEP_RATIOS = (0.5, 0.25, 0.1)
+NEVER = 1 << 30
+"""Calls between refreshes that no answer takes."""
 MEAN_SUMMARIES = {"keep_ratio": 0.1, "block_summary": "mean", "key_block": 16}
 """Selection by mean keys: where it errs, sinks show what they are for."""
 
@@ -44,6 +48,12 @@ class FidelitySettings:
     """Where the model runs, as torch names it."""
     lowering: str = "inductor"
     """What runs the programs; "eager" spares each arm its compilation."""
+    refresh: str = "block"
+    """"block": arms differ by the keys they read; "adaptive": by what a block entry refreshes."""
+    dense: bool = True
+    """Whether dense is asked too, which takes longer than all others together."""
+    only: tuple[str, ...] = ()
+    """Names of the other arms to ask; empty: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +69,10 @@ class Score:
     """Of the values that dense states correctly, the share that this arm does too."""
     recall: float | None
     """Share of the positions just decoded that the focus set had predicted, mean over the calls."""
+    refreshed: float | None
+    """Prompt rows that refreshes computed, of those that one refresh a block computes."""
+    error: float | None
+    """Relative error of attention outputs that partial refreshes left, estimated: the largest."""
     seconds: float
     """Decoding all examples, compilation of new programs included."""
 
@@ -88,15 +102,39 @@ class FidelityResult:
 def arms(settings: FidelitySettings) -> list[Arm]:
     """Dense, the dual cache, and focus at falling keep ratios with sinks and without."""
     common = {"block_length": settings.block_length, "lowering": settings.lowering}
-    found = [Arm("dense"), Arm("dual-cache", {"policy": "dual-cache"} | common)]
-    for ratio in KEEP_RATIOS:
-        focus = {"policy": "focus-dllm", "keep_ratio": ratio} | common
-        found += _with_and_without_sinks(f"focus α={ratio}", focus)
-    found += _with_and_without_sinks("mean keys α=0.1", common | MEAN_SUMMARIES)
+    if settings.refresh == "adaptive":
+        found = _refreshes(common)
+    elif settings.refresh == "block":
+        found = [Arm("dual-cache", {"policy": "dual-cache"} | common)]
+        for ratio in KEEP_RATIOS:
+            focus = {"policy": "focus-dllm", "keep_ratio": ratio} | common
+            found += _with_and_without_sinks(f"focus α={ratio}", focus)
+        found += _with_and_without_sinks("mean keys α=0.1", common | MEAN_SUMMARIES)
+    else:
+        raise OptionError.unknown(settings.refresh, ("block", "adaptive"), kind="refresh")
     count_blocks(settings.gen_length, settings.block_length)
-    for arm in found[1:]:
+    for arm in found:
         FocusConfig.from_options(arm.options)
-    return found
+    names = [arm.name for arm in found]
+    for name in settings.only:
+        if name not in names:
+            raise OptionError.unknown(name, names, kind="arm")
+    found = [arm for arm in found if not settings.only or arm.name in settings.only]
+    return [Arm("dense"), *found] if settings.dense else found
+
+
+def _refreshes(common: dict[str, Any]) -> list[Arm]:
+    """The schedules: each part of the adaptive one by itself, and at other tolerances."""
+    adaptive = {"refresh": "adaptive"} | common
+    return [
+        Arm("block refresh", common),
+        Arm("refreshed once", {"refresh": NEVER} | common),
+        Arm("adaptive", adaptive),
+        Arm("adaptive, tolerance .1", adaptive | {"tolerance": 0.1}),
+        Arm("adaptive, tolerance .5", adaptive | {"tolerance": 0.5}),
+        Arm("rows read most and oldest, no gate", adaptive | {"tolerance": 1e9}),
+        Arm("drift gate, no rows read most", adaptive | {"refresh_rows": 0.0}),
+    ]
 
 
 def _with_and_without_sinks(name: str, options: dict[str, Any]) -> list[Arm]:
@@ -124,9 +162,10 @@ def run(
         compiled = arm.compile(model)
         scores: dict[str, Score] = {}
         for kind, examples in questions.items():
-            marks, recall, seconds = _ask(compiled, tokenizer, examples, settings, arm, advance)
-            reference = by_dense.setdefault(kind, marks)
-            scores[kind] = _score(marks, reference, recall, seconds)
+            marks, history, seconds = _ask(compiled, tokenizer, examples, settings, arm, advance)
+            if arm.options is None:
+                by_dense[kind] = marks
+            scores[kind] = _score(marks, by_dense.get(kind), history, seconds, settings)
         options = None if arm.options is None else dict(arm.options)
         result = replace(
             result,
@@ -139,7 +178,8 @@ def run(
 def table(result: FidelityResult) -> Table:
     """The scores for people."""
     rows = Table(title=f"values right at {result.settings['length']} tokens")
-    for column in ("", "kind", "right", "accuracy", "kept of dense", "recall"):
+    last = "prompt rows refreshed" if result.settings["refresh"] == "adaptive" else "recall"
+    for column in ("", "kind", "right", "accuracy", "kept of dense", last):
         rows.add_column(column, justify="right" if column not in ("", "kind") else "left")
     for name, kinds in result.scores.items():
         for kind, score in kinds.items():
@@ -149,7 +189,7 @@ def table(result: FidelityResult) -> Table:
                 f"{score.right}/{score.asked}",
                 f"{score.accuracy:.3f}",
                 _share(score.kept),
-                _share(score.recall),
+                _share(score.recall if last == "recall" else score.refreshed),
                 end_section=kind == retrieval.KINDS[-1],
             )
     return rows
@@ -182,8 +222,8 @@ def _ask(
     settings: FidelitySettings,
     arm: Arm,
     advance: Callable[[str, int], object],
-) -> tuple[list[bool], float | None, float]:
-    """Whether each value is right, over all examples; the mean recall; the seconds taken."""
+) -> tuple[list[bool], list[StepRecord], float]:
+    """Whether each value is right, over all examples; the calls; the seconds taken."""
     import focus_compile
 
     marks: list[bool] = []
@@ -201,19 +241,32 @@ def _ask(
             for found in answers:
                 marks += found.right
             advance(arm.name, len(batch))
-    return marks, _mean(record.recall for record in history), time.perf_counter() - begun
+    return marks, history, time.perf_counter() - begun
 
 
 def _score(
-    marks: Sequence[bool], reference: Sequence[bool], recall: float | None, seconds: float
+    marks: Sequence[bool],
+    reference: Sequence[bool] | None,
+    history: Sequence[StepRecord],
+    seconds: float,
+    settings: FidelitySettings,
 ) -> Score:
-    both = sum(mine and dense for mine, dense in zip(marks, reference, strict=True))
+    kept = None
+    if reference is not None and any(reference):
+        both = sum(mine and dense for mine, dense in zip(marks, reference, strict=True))
+        kept = both / sum(reference)
+    blocks = count_blocks(settings.gen_length, settings.block_length) * settings.examples
+    refreshed = [r.prompt_rows for r in history if r.prompt_rows is not None]
+    a_refresh = settings.length - settings.gen_length
+    errors = [r.error for r in history if r.error is not None]
     return Score(
         right=sum(marks),
         asked=len(marks),
         accuracy=sum(marks) / len(marks),
-        kept=both / sum(reference) if any(reference) else None,
-        recall=recall,
+        kept=kept,
+        recall=_mean(record.recall for record in history),
+        refreshed=sum(refreshed) / (blocks * a_refresh) if refreshed else None,
+        error=max(errors, default=None),
         seconds=seconds,
     )
 

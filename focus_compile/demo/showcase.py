@@ -22,6 +22,7 @@ from focus_compile.decode.canvas import Canvas
 from focus_compile.decode.sampler import count_blocks
 from focus_compile.demo import environment, retrieval
 from focus_compile.demo.arms import Answer, Arm, answer
+from focus_compile.records import Record, recording
 
 __all__ = ["ArmResult", "ShowcaseResult", "ShowcaseSettings", "run", "table"]
 
@@ -40,6 +41,7 @@ class ShowcaseSettings:
     """Tokens per decode block."""
     policy: str = "focus-dllm"
     keep_ratio: float = 0.5
+    refresh: str = "block"
     kind: retrieval.Kind = "needle"
     seed: int = 0
     questions: int = 4
@@ -51,6 +53,7 @@ class ShowcaseSettings:
             "policy": self.policy,
             "keep_ratio": self.keep_ratio,
             "block_length": self.block_length,
+            "refresh": self.refresh,
         }
         FocusConfig.from_options(options)
         count_blocks(self.gen_length, self.block_length)
@@ -82,6 +85,8 @@ class ShowcaseResult:
     same_answers: bool
     """Whether both arms state the same values."""
     settings: dict[str, Any]
+    record: Record | None = None
+    """Of the focus arm's decode once more, where it was asked for."""
 
     @property
     def speedup(self) -> float:
@@ -98,8 +103,10 @@ class ShowcaseResult:
         }
 
 
-def run(settings: ShowcaseSettings, console: Console) -> ShowcaseResult:
+def run(settings: ShowcaseSettings, console: Console, *, recorded: bool = False) -> ShowcaseResult:
     """Ask both arms the same question and measure them; progress goes to the console.
+
+    recorded: afterwards let the focus arm answer once more, and record that.
 
     Raises:
         FocusError: settings out of range, or a question that does not fit the length.
@@ -118,15 +125,41 @@ def run(settings: ShowcaseSettings, console: Console) -> ShowcaseResult:
         f"{settings.length} tokens ({settings.kind}), asking for "
         + ", ".join(f"{key} ({value})" for key, value in example.pairs)
     )
-    (dense, dense_answer), (focus, focus_answer) = (
+    (dense, dense_answer, _), (focus, focus_answer, compiled) = (
         _run_arm(arm, model, tokenizer, example, settings, console) for arm in arms
     )
+    record = None
+    if recorded:
+        with console.status("focus: recording"):
+            record = _record(compiled, tokenizer, example, settings)
+        measured = zip(arms, (dense, focus), (dense_answer, focus_answer), strict=True)
+        for arm, result, found in measured:
+            tokens = [list(found.ids[len(example.prompt_ids) :])]
+            record.arms[arm.name] = asdict(result) | {"tokens": tokens, "text": found.text}
     return ShowcaseResult(
         dense=dense,
         focus=focus,
         same_answers=dense_answer.right == focus_answer.right,
         settings=asdict(settings) | environment.describe(),
+        record=record,
     )
+
+
+def _record(
+    model: Any, tokenizer: Any, example: retrieval.Example, settings: ShowcaseSettings
+) -> Record:
+    with recording(attention=True) as run:
+        found = answer(
+            model,
+            tokenizer,
+            example,
+            gen_length=settings.gen_length,
+            block_length=settings.block_length,
+        )
+        run.record.output = {"ids": [list(found.ids)], "text": [found.text]}
+        run.note(**asdict(settings))
+        run.record.model |= {"name": "tiny", "dtype": "float32"}
+    return run.record
 
 
 def table(result: ShowcaseResult) -> Table:
@@ -158,7 +191,8 @@ def _run_arm(
     example: retrieval.Example,
     settings: ShowcaseSettings,
     console: Console,
-) -> tuple[ArmResult, Answer]:
+) -> tuple[ArmResult, Answer, Any]:
+    """What the arm did, its answer, and the compiled model."""
     import focus_compile
 
     with console.status(f"{arm.name}: compiling"):
@@ -195,7 +229,7 @@ def _run_arm(
         model_calls=found.model_calls,
         rows=dense_rows if arm.options is None else sum(record.rows for record in history),
     )
-    return result, found
+    return result, found, compiled
 
 
 def _warm_up(

@@ -7,20 +7,46 @@ first runs; `FOCUS_COMPILE_REFERENCE=1` in the environment at that moment picks 
 op mutates nothing and returns contiguous tensors whatever the strides of its inputs.
 """
 
+import contextlib
+import contextvars
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from focus_compile.torch_tools import call_attention
+
 LIBRARY = torch.library.Library("focus_compile", "DEF")
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ATTENTION = (
+    "attention",
+    "attention_with_lse",
+    "sparse_attention",
+    "ragged_attention",
+    "ragged_sparse_attention",
+)
+"""Ops of which each layer runs one."""
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+
+Tap = Callable[[str, tuple[Any, ...], Any], object]
+"""Is given the name, the arguments and the result of every op that runs."""
+_tap: contextvars.ContextVar[Tap | None] = contextvars.ContextVar("focus_compile_tap", default=None)
+
+
+@contextlib.contextmanager
+def tapped(tap: Tap | None) -> Iterator[None]:
+    """Ops that run in this context, but for a replayed CUDA graph's, are shown to `tap`."""
+    token = _tap.set(tap)
+    try:
+        yield
+    finally:
+        _tap.reset(token)
 
 
 def define_op(
@@ -33,14 +59,19 @@ def define_op(
     `fake`, an eager one by the op's public function. kernel: the folder has a `kernel.py`.
     """
     name = schema.partition("(")[0]
+    ranged = call_attention if name in ATTENTION else _as_it_is
     plain = _lazy(folder, name, "cpu")
     LIBRARY.define(schema, tags=_TAGS)
-    LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, ranged(plain), "CompositeExplicitAutograd")
     if kernel:
-        LIBRARY.impl(name, _by_dtype(_lazy(folder, name, "kernel"), plain), "CUDA")
+        LIBRARY.impl(name, ranged(_by_dtype(_lazy(folder, name, "kernel"), plain)), "CUDA")
     torch.library.register_fake(f"focus_compile::{name}", fake, lib=LIBRARY)
     overload: OpOverload = getattr(torch.ops.focus_compile, name).default
     return overload
+
+
+def _as_it_is(call: Callable[..., Any]) -> Callable[..., Any]:
+    return call
 
 
 def _lazy(folder: str, name: str, fast: str) -> Callable[..., Any]:
@@ -52,7 +83,11 @@ def _lazy(folder: str, name: str, fast: str) -> Callable[..., Any]:
         return function
 
     def call(*arguments: Any) -> Any:
-        return implementation()(*arguments)
+        result = implementation()(*arguments)
+        tap = _tap.get()
+        if tap is not None:
+            tap(name, arguments, result)
+        return result
 
     return call
 

@@ -17,10 +17,10 @@ from unittest import mock
 import torch
 from torch._inductor.graph import GraphLowering
 
+from focus_compile.kernels.library import ATTENTION
+
 __all__ = ["Launch", "generated_code", "launches_in", "layers_of", "summary"]
 
-ATTENTION = ("attention", "attention_with_lse", "sparse_attention")
-"""One of these ends what a layer launches before it mixes tokens: layers are counted by them."""
 VIEWS = frozenset(
     "_unsafe_view alias arange clone detach expand permute reshape select slice split "
     "split_with_sizes squeeze t transpose unsqueeze view".split()

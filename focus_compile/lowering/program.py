@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.source import LocalSource
-from torch._guards import TracingContext, tracing
+from torch._guards import CompileId, TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -26,6 +26,14 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from focus_compile.capture import copy_graph_module
+from focus_compile.errors import CompileError
+from focus_compile.torch_tools import (
+    belonging_to,
+    current_compilation,
+    layers,
+    span,
+    trace_artifact,
+)
 
 __all__ = ["InputSpec", "Program"]
 
@@ -66,6 +74,10 @@ class Program:
     lowering: str = "inductor"
     compilations: int = 0
     compile_seconds: float = 0.0
+    labels: Sequence[str] = ()
+    """Of the attention ops in order, for torch.profiler."""
+    compilation: CompileId | None = field(default_factory=current_compilation)
+    """Of Dynamo's, that the program was made in."""
     _artifacts: list[_Artifact] = field(default_factory=list)
     _by_sizes: dict[tuple[int, ...], _Artifact] = field(default_factory=dict)
     _symbols: list[tuple[sympy.Symbol, int, int]] = field(default_factory=list)
@@ -80,7 +92,12 @@ class Program:
                     self._symbols.append((size, at, -1 if spec.shape is None else axis))
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
-        return tuple(self._artifact_for(args).run(*args))
+        run = self._artifact_for(args).run
+        with span("program", self.name) as profiled:
+            if profiled is None:
+                return tuple(run(*args))
+            with layers(self.labels):
+                return tuple(run(*args))
 
     def prepare(self, *args: Any) -> None:
         """Compile for the sizes of `args`, whose tensors may be fake; nothing runs."""
@@ -112,12 +129,34 @@ class Program:
             run = copy_graph_module(self.graph)
             artifact = _Artifact(run, None, ShapeEnv())
         else:
-            artifact = self._compile_with_inductor(sizes, args)
+            artifact = self._compile_or_say(sizes, args)
         self._artifacts.append(artifact)
         self.compilations += 1
         self.compile_seconds += time.perf_counter() - started
-        log.info("%s: compiled for %s in %.1f s", self.name, sizes, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        log.info("%s: compiled for %s in %.1f s", self.name, sizes, seconds)
+        facts = {"sizes": [int(size) for size in sizes], "lowering": self.lowering}
+        with belonging_to(self.compilation):
+            trace_artifact(f"compiled_{self.name}", lambda: facts | {"seconds": seconds})
         return artifact
+
+    def _compile_or_say(self, sizes: tuple[int, ...], args: Sequence[Any]) -> _Artifact:
+        """Raise CompileError where Inductor fails; of the exact program its own error, and of
+        memory that ran out torch's, which says nothing of the program."""
+        try:
+            return self._compile_with_inductor(sizes, args)
+        except Exception as error:
+            if self.name == "exact":
+                raise
+            cause = getattr(error, "inner_exception", error)  # what Inductor wraps
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            log.debug("%s: Inductor failed", self.name, exc_info=True)
+            message = (str(error).strip() or "no message").splitlines()[0]
+            raise CompileError(
+                f"Inductor failed on the {self.name} program ({type(error).__name__}: {message}). "
+                'TORCH_LOGS=+focus_compile shows where; lowering="eager" does without it.'
+            ) from None
 
     def _compile_with_inductor(self, sizes: tuple[int, ...], args: Sequence[Any]) -> _Artifact:
         environment = ShapeEnv()
@@ -126,7 +165,7 @@ class Program:
         with mode:
             fakes = [_fake(spec, arg, symbols) for spec, arg in zip(self.inputs, args, strict=True)]
         graph = self._stamped(fakes)
-        with tracing(TracingContext(mode)), torch.no_grad():
+        with belonging_to(self.compilation), tracing(TracingContext(mode)), torch.no_grad():
             run: Any = compile_fx(graph, fakes)
         guard = None
         if environment.guards:

@@ -15,7 +15,8 @@ its finished key blocks, which their queries choose anew in every layer, and all
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+import operator
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -28,6 +29,7 @@ from focus_compile.kernels.importance import op as _importance  # noqa: F401
 from focus_compile.kernels.ragged_attention import op as _attention  # noqa: F401
 from focus_compile.kernels.ragged_selection import op as _selection  # noqa: F401
 from focus_compile.kernels.ragged_sparse_attention import op as _sparse  # noqa: F401
+from focus_compile.passes.collectives import insert_sum_over_ranks
 from focus_compile.passes.graph_tools import shape_of, tensor_of
 from focus_compile.passes.row_builder import RowBuilder
 from focus_compile.passes.row_values import RowValues
@@ -94,6 +96,8 @@ class _ListedRows(RowBuilder):
     ) -> None:
         super().__init__(gm, plan, tuple(inputs))
         self.max_rows = max_rows
+        self.before: Set[str] = frozenset()
+        """Nodes before the cut that the list crossed already: their K/V are written."""
         self.ids = gm.graph.find_nodes(op="placeholder")[plan.ids.position].name
 
     def argument(self, argument: Any, row: RowOp) -> Any:
@@ -131,6 +135,8 @@ class _ListedRows(RowBuilder):
     def write(self, site: Site, row: RowOp) -> tuple[fx.Node, fx.Node]:
         """The site's caches, with the K and V of these rows in them."""
         caches = self.caches(site)
+        if site.key in self.before:
+            return caches
         at = [self.inputs["slots"], None, self.inputs["places"]]
         for cache, name in zip(caches, (site.key, site.value), strict=True):
             values = self.flat(self.argument(self.by_name[name], row))
@@ -152,27 +158,6 @@ class _ListedRows(RowBuilder):
             return self.values.call(aten.select.int, heads, 0, 0)
         heads = self.values.call(aten.transpose.int, heads, 0, 1)
         return self.values.call(aten.flatten.using_ints, heads, 1, 2)
-
-
-class _GoingOn(_ListedRows):
-    """A list behind a cut: `active` begins with what crossed it, and its K/V are written."""
-
-    def __init__(
-        self,
-        gm: fx.GraphModule,
-        plan: Plan,
-        inputs: Sequence[str],
-        max_rows: int,
-        written: set[str],
-    ) -> None:
-        """written: nodes before the cut."""
-        super().__init__(gm, plan, inputs, max_rows)
-        self.written = written
-
-    def write(self, site: Site, row: RowOp) -> tuple[fx.Node, fx.Node]:
-        if site.key in self.written:
-            return self.caches(site)
-        return super().write(site, row)
 
 
 class _ChosenRows(_ListedRows):
@@ -230,16 +215,11 @@ class _Build:
 
     def first_stage(self, rows: RowBuilder, cut: int) -> set[str]:
         """What is computed up to the keys and values of a layer."""
+        _require_cut(self.plan, cut)
         sites = self.plan.sites
-        if not 1 <= cut < len(sites):
-            raise PassError(f"rows cannot leave at layer {cut} of {len(sites)}; set evict_layer")
         names = [sites[cut].key, sites[cut].value]
-        return rows.ancestors(names + [site.node for site in sites[:cut]])
-
-    @property
-    def last(self) -> int:
-        """The layer behind whose keys and values only rows with logits go on."""
-        return len(self.plan.sites) - 1
+        first = rows.ancestors(names + [site.node for site in sites[:cut]])
+        return first | _elements_of(first, rows.by_name)
 
     def needed_in_full(self, rows: _ListedRows) -> set[str]:
         """What rows are selected from, but for the ids, which come by row, and the masks."""
@@ -252,29 +232,24 @@ class _Build:
             )
         return needed
 
-    def walk(
-        self,
-        listed: _ListedRows,
-        chosen: _ListedRows | None,
-        first: set[str],
-        before: Set[str] = frozenset(),
-    ) -> None:
+    def walk(self, listed: _ListedRows, chosen: _ListedRows | None, first: set[str]) -> None:
         """Build the ops of both stages, and in full what their rows come from.
 
-        chosen: None builds the first one only; before: ops that neither has.
+        chosen: None builds the first one only.
         """
         needed = self.needed_in_full(listed)
         for node in listed.gm.graph.nodes:
             if node.name in needed and node.name not in listed.full:
                 listed.full[node.name] = listed.copy(node)
-            if node.name in listed.rows_of and node.name not in before:
+            if node.name in listed.rows_of and node.name not in listed.before:
                 rows = listed if node.name in first else chosen
                 if rows is not None:
                     rows.active[node.name] = rows.row_op(node, rows.rows_of[node.name])
 
 
 class BuildWhole(_Build):
-    """All listed rows through all layers, logits of the chosen ones. Does not change the graph."""
+    """All listed rows up to the cut, the chosen ones through the rest: logits of some, where the
+    cut is the last layer. Does not change the graph."""
 
     name: ClassVar[str] = "build-whole"
 
@@ -282,7 +257,7 @@ class BuildWhole(_Build):
         """A graph of (model inputs, listed_inputs, CHOSEN_INPUTS, state) -> (*outputs)."""
         names = (*listed_inputs(self.plan), *CHOSEN_INPUTS)
         listed = _ListedRows(gm, self.plan, names, self.max_rows)
-        first = self.first_stage(listed, self.last)
+        first = self.first_stage(listed, self.cut)
         chosen = _ChosenRows(listed, first)
         self.walk(listed, chosen, first)
         return chosen.finish()
@@ -307,6 +282,10 @@ class BuildPrefix(_Build):
         at_cut, before = self.plan.sites[self.cut], self.plan.sites[self.cut - 1]
         listed.write(at_cut, listed.rows_of[at_cut.node])
         ranked = [self._importance(listed, site) for site in (at_cut, before)]
+        if self.plan.ranks is not None:
+            both = listed.values.call(aten.stack.default, ranked)
+            both = insert_sum_over_ranks(listed.graph, both, self.plan.ranks.group)
+            ranked = [listed.values.call(aten.select.int, both, 0, at) for at in (0, 1)]
         listed.graph.output((*ranked, *(listed.active[item.node] for item in crossing)))
         listed.graph.lint()
         return fx.GraphModule(gm, listed.graph)
@@ -357,21 +336,22 @@ class BuildSuffix(_Build):
         whose list are the rows that stayed."""
         crossing = frontier_of(gm, self.plan, self.cut)
         names = (*listed_inputs(self.plan), *CHOSEN_INPUTS, *(item.input for item in crossing))
-        before: set[str] = set()
-        listed = _GoingOn(gm, self.plan, names, self.max_rows, before)
-        before |= self.first_stage(listed, self.cut)
+        listed = _ListedRows(gm, self.plan, names, self.max_rows)
+        before = self.first_stage(listed, self.cut)
         for item in crossing:
             before |= listed.ancestors([item.node])
             listed.active[item.node] = listed.inputs[item.input]
-        first = self.first_stage(listed, self.last)
+        listed.before = before
+        first = self.first_stage(listed, len(self.plan.sites) - 1)
         chosen = _ChosenRows(listed, first | before)
-        self.walk(listed, chosen, first, before)
+        self.walk(listed, chosen, first)
         return chosen.finish()
 
 
 def frontier_of(gm: fx.GraphModule, plan: Plan, cut: int) -> tuple[Frontier, ...]:
     """What the second stage reads of the first, in graph order: the cut's queries, the residual
     stream, and any other row value that is used on both sides."""
+    _require_cut(plan, cut)
     by_name = {node.name: node for node in gm.graph.nodes}
     rows = {row.node: row for row in plan.rows}
     site = plan.sites[cut]
@@ -384,6 +364,7 @@ def frontier_of(gm: fx.GraphModule, plan: Plan, cut: int) -> tuple[Frontier, ...
         if name not in first:
             first.add(name)
             pending.extend(n.name for n in by_name[name].all_input_nodes)
+    first |= _elements_of(first, by_name)
     crossing: dict[str, RowAxes] = {}
     for row in plan.rows:
         if row.node in first:
@@ -401,6 +382,22 @@ def frontier_of(gm: fx.GraphModule, plan: Plan, cut: int) -> tuple[Frontier, ...
         Frontier(name, crossing[name], tuple(listed_shape(by_name[name], crossing[name], plan)))
         for name in order
     )
+
+
+def _require_cut(plan: Plan, cut: int) -> None:
+    """Rows leave between two layers."""
+    layers = len(plan.sites)
+    if layers < 2:
+        raise PassError("a block-diffusion step needs two layers of attention")
+    if not 1 <= cut < layers:
+        raise PassError(f"rows cannot leave at layer {cut} of {layers}; set evict_layer")
+
+
+def _elements_of(names: Set[str], by_name: Mapping[str, fx.Node]) -> set[str]:
+    """The elements of tuples among the nodes: they are where the tuple is, since only tensors
+    cross over."""
+    users = (user for name in names for user in by_name[name].users)
+    return {user.name for user in users if user.target is operator.getitem}
 
 
 def listed_shape(node: fx.Node, axes: RowAxes, plan: Plan) -> list[sympy.Expr]:

@@ -19,7 +19,7 @@ from focus_compile.passes.value_ranges import range_of
 from focus_compile.patterns.match import NEGLIGIBLE
 from focus_compile.plan import Refusal
 
-__all__ = ["FoldConstantMasks"]
+__all__ = ["MASK", "FoldConstantMasks", "ancestors_of", "evaluate", "evaluate_mask", "negligible"]
 
 MASK = 3
 LARGEST = 1 << 27
@@ -127,17 +127,25 @@ def _stands_in(node: fx.Node) -> Any:
 def evaluate_mask(
     gm: fx.GraphModule, order: list[fx.Node], mask: fx.Node, known: Mapping[fx.Node, Any]
 ) -> torch.Tensor:
+    return evaluate(gm, order, known, torch.device("cpu"))[mask]
+
+
+def evaluate(
+    gm: fx.GraphModule, order: list[fx.Node], known: Mapping[fx.Node, Any], device: torch.device
+) -> dict[fx.Node, Any]:
+    """Values on `device` of the nodes `order`, each after what it reads; those of `known` are on it
+    already."""
     environment = dict(known)
     for node in order:
-        if node.op == "placeholder":
+        if node.op == "placeholder" or node in environment:
             continue
         if node.op == "get_attr":
-            environment[node] = getattr(gm, str(node.target)).cpu()
+            environment[node] = getattr(gm, str(node.target)).to(device)
         else:
             args = fx.map_arg(node.args, environment.__getitem__)
             kwargs = dict(fx.map_arg(node.kwargs, environment.__getitem__))
             if "device" in kwargs:
-                kwargs["device"] = torch.device("cpu")
+                kwargs["device"] = device
             target: Any = node.target
             environment[node] = target(*args, **kwargs)
-    return environment[mask]
+    return environment

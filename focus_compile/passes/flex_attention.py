@@ -1,6 +1,6 @@
 """Dynamo-level pass: the flex_attention higher-order op becomes SDPA with a dense mask.
 
-Assumes the identity score_mod and an unused log-sum-exp; other uses stay, and export refuses them.
+Assumes the identity score_mod and an unused log-sum-exp; other uses stay, and capture refuses them.
 The block mask's builder (vmap nodes) goes with it: only its mask_mod is kept, applied to aranges.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-__all__ = ["NormalizeFlexAttention"]
+__all__ = ["NormalizeFlexAttention", "flex_calls"]
 
 MASK_MOD = -1
 """The block mask tuple has 13 entries on torch 2.11 and 17 on 2.13; mask_mod is always last."""
@@ -27,17 +27,18 @@ class NormalizeFlexAttention:
 
     def apply(self, gm: fx.GraphModule) -> int:
         """Number of attention calls rewritten."""
-        flex = torch.ops.higher_order.flex_attention
-        done = sum(
-            _rewrite(gm, node)
-            for node in list(gm.graph.nodes)
-            if node.op == "call_function" and node.target is flex
-        )
+        done = sum(_rewrite(gm, node) for node in flex_calls(gm))
         if done:
             _erase_dead(gm.graph)
             gm.graph.lint()
             gm.recompile()
         return done
+
+
+def flex_calls(gm: fx.GraphModule) -> list[fx.Node]:
+    """The calls of the higher-order op."""
+    flex = torch.ops.higher_order.flex_attention
+    return [node for node in gm.graph.nodes if node.op == "call_function" and node.target is flex]
 
 
 def _rewrite(gm: fx.GraphModule, node: fx.Node) -> int:

@@ -18,7 +18,7 @@ from focus_compile.passes.graph_tools import (
     user_line,
 )
 from focus_compile.patterns.grouped_query import strip_repeat
-from focus_compile.patterns.match import AttentionMatch, MaskTerm, Miss, look_through
+from focus_compile.patterns.match import AttentionMatch, MaskTerm, Miss, OtherKeys, look_through
 from focus_compile.patterns.sdpa import ScaledDotProduct
 from focus_compile.patterns.softmax import MatmulSoftmaxMatmul
 from focus_compile.plan import Refusal
@@ -37,6 +37,8 @@ class MatchAttention:
     name: ClassVar[str] = "match-attention"
     misses: list[Refusal] = field(default_factory=list)
     causal: list[Refusal] = field(default_factory=list)
+    other_keys: list[Refusal] = field(default_factory=list)
+    """Those of the misses whose keys are not those of the call's own tokens."""
 
     def apply(self, gm: fx.GraphModule) -> int:
         """Number of attention sites found."""
@@ -49,7 +51,10 @@ class MatchAttention:
                 match = pattern.match(node)
                 _canonicalise(gm.graph, match)
             except Miss as miss:
-                self.misses.append(_refusal(node, f"{pattern.name}: {miss}"))
+                refusal = _refusal(node, f"{pattern.name}: {miss}")
+                self.misses.append(refusal)
+                if isinstance(miss, OtherKeys):
+                    self.other_keys.append(refusal)
                 continue
             found += 1
             if match.causal:
@@ -82,19 +87,18 @@ def _canonicalise(graph: fx.Graph, match: AttentionMatch) -> None:
         result = site
         expected = fake_of(output)
         if expected.dim() == 3:
-            result = insert_call(graph, aten.reshape.default, site, _sizes(output))
+            sizes = [-1, _size(graph, query, 2), _size(graph, value, 3)]
+            result = insert_call(graph, aten.reshape.default, site, sizes)
         if result.meta["val"].dtype != expected.dtype:
             raise Miss(f"the output is {expected.dtype}, the queries are {fake_of(query).dtype}")
     output.replace_all_uses_with(result)
     graph.erase_node(output)
 
 
-def _sizes(node: fx.Node) -> list[Any]:
-    """The node's sizes as arguments of a reshape, symbolic ones as -1."""
-    sizes: list[Any] = [size if isinstance(size, int) else -1 for size in fake_of(node).shape]
-    if sizes.count(-1) > 1:
-        raise Miss("flattened heads with a symbolic batch")
-    return sizes
+def _size(graph: fx.Graph, node: fx.Node, axis: int) -> int | fx.Node:
+    """The length of an axis as an argument of a reshape."""
+    size = fake_of(node).shape[axis]
+    return size if isinstance(size, int) else insert_call(graph, aten.sym_size.int, node, axis)
 
 
 def _upright_key(graph: fx.Graph, match: AttentionMatch) -> fx.Node:
@@ -153,8 +157,10 @@ def _check_shapes(query: fx.Node, key: fx.Node, value: fx.Node) -> None:
         raise Miss(f"query {q}, key {k} and value {v} do not belong together")
     if q[3] != k[3]:
         raise Miss(f"query width {q[3]} differs from key width {k[3]}")
+    if k[3] != v[3]:
+        raise Miss(f"keys and values differ in width ({k[3]} and {v[3]})")
     if q[2] != k[2]:
-        raise Miss(f"{q[2]} queries and {k[2]} keys: only self-attention over all tokens")
+        raise OtherKeys(f"{q[2]} queries and {k[2]} keys: only self-attention over all tokens")
     if q[1] % k[1] != 0:
         raise Miss(f"{q[1]} query heads over {k[1]} key heads")
 

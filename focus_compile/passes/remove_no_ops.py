@@ -3,7 +3,8 @@
 Cases: (1) metadata asserts, (2) alias, lift, detach and same-dtype casts, (3) dropout that is off,
 (4) slices of a whole axis, expands to the same shape and identity permutes, (5) autocast regions
 that are off, (6) view and _unsafe_view as reshape, since a rewritten producer may have other
-strides than the traced one.
+strides than the traced one, (7) concatenations with nothing, as of keys with those of an empty
+cache.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class RemoveNoOps:
 
 
 def _same_as_input(node: fx.Node, name: str) -> fx.Node | None:
+    if name == "cat.default":
+        return _only_operand(node)
     rule = _IDENTITY.get(name)
     source = arg(node, 0) if node.args else None
     if rule is None or not isinstance(source, fx.Node):
@@ -89,6 +92,13 @@ def _whole_slice(node: fx.Node, source: fx.Node) -> bool:
     if start not in (0, None) or step != 1:
         return False
     return bool(end is None or end == sys.maxsize) or _same_shape(node, source)
+
+
+def _only_operand(node: fx.Node) -> fx.Node | None:
+    """The operand of a concatenation that is all of its result."""
+    full = [operand for operand in arg(node, 0) if 0 not in shape_of(operand)]
+    same = len(full) == 1 and fake_of(full[0]).dtype == fake_of(node).dtype
+    return full[0] if same else None
 
 
 def _permutes_nothing(node: fx.Node, source: fx.Node) -> bool:

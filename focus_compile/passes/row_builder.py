@@ -16,18 +16,29 @@ from focus_compile.passes.graph_tools import op_name, shape_of, tensor_of
 from focus_compile.passes.row_values import ACTIVE, RowValues
 from focus_compile.plan import Operand, Plan, RowOp, Site
 
-__all__ = ["RowBuilder", "cache_names"]
+__all__ = ["RowBuilder", "cache_names", "kept_lists"]
 
 aten = torch.ops.aten
 
 
 def cache_names(plan: Plan) -> list[str]:
-    """State tensors in order: key and value of every site, summaries of the sparse ones."""
+    """State tensors in order: key and value of every site, summaries of the sparse ones, and the
+    lists that steps go on reading."""
     names = []
     for site in plan.sites:
         names += [f"key_cache_{site.index}", f"value_cache_{site.index}"]
     names += [f"summaries_{site.index}" for site in plan.sites_of("sparse-suffix")]
-    return names
+    return names + kept_lists(plan)
+
+
+def kept_lists(plan: Plan) -> list[str]:
+    """State tensors for what a step chose: the sinks where they are captured, then the key blocks
+    of every sparse site."""
+    sparse = plan.sites_of("sparse-suffix")
+    if not plan.list_reuse or not sparse:
+        return []
+    sinks = ["kept_sinks"] if plan.sites_of("sink-capture") else []
+    return [*sinks, *(f"kept_blocks_{site.index}" for site in sparse)]
 
 
 class RowBuilder:

@@ -7,8 +7,9 @@ its active rows' K/V into the cache and attends as its region says.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -16,10 +17,11 @@ from torch import fx
 from focus_compile.kernels.block_selection import op as _selection  # noqa: F401
 from focus_compile.kernels.sink_capture import op as _sinks  # noqa: F401
 from focus_compile.kernels.sparse_attention import op as _sparse  # noqa: F401
+from focus_compile.passes.collectives import insert_sum_over_ranks
 from focus_compile.passes.row_builder import RowBuilder
 from focus_compile.plan import Plan, RowOp, Site
 
-__all__ = ["STEP_INPUTS", "BuildStep"]
+__all__ = ["STEP_INPUTS", "ActiveRowsBuilder", "BuildStep"]
 
 aten = torch.ops.aten
 STEP_INPUTS = ("rows", "row_weight", "focus_weight", "candidates", "keep")
@@ -34,18 +36,17 @@ class BuildStep:
 
     name: ClassVar[str] = "build-step"
     plan: Plan = field(repr=False)
+    choose: bool = True
+    """Whether the keys that sparse layers read are chosen; else they are those that an earlier step
+    left in the state."""
 
     def apply(self, gm: fx.GraphModule) -> fx.GraphModule:
         """A graph of (model inputs, STEP_INPUTS, state) -> (*row outputs, sinks)."""
-        return _StepBuilder(gm, self.plan).build()
+        return _StepBuilder(gm, self.plan, self.choose).build()
 
 
-class _StepBuilder(RowBuilder):
+class ActiveRowsBuilder(RowBuilder):
     """Everything at the active rows, but for what no row is computed from."""
-
-    def __init__(self, gm: fx.GraphModule, plan: Plan) -> None:
-        super().__init__(gm, plan, STEP_INPUTS)
-        self.sinks: fx.Node | None = None
 
     def build(self) -> fx.GraphModule:
         needed = self.ancestors(
@@ -56,49 +57,13 @@ class _StepBuilder(RowBuilder):
                 self.full[node.name] = self.copy(node)
             if node.name in self.rows_of:
                 self.active[node.name] = self.row_op(node, self.rows_of[node.name])
-        return self.finish(*([] if self.sinks is None else [self.sinks]))
+        return self.finish(*self.extra())
 
-    def site(self, node: fx.Node, row: RowOp, site: Site) -> fx.Node:
-        ops = torch.ops.focus_compile
-        query, new_key, new_value = (self.argument(a, row) for a in node.args[:3])
-        mask = self.argument(node.args[3], row)
-        scale = node.args[4]
-        key = self._write(f"key_cache_{site.index}", new_key)
-        value = self._write(f"value_cache_{site.index}", new_value)
-        call, inputs = self.graph.call_function, self.inputs
-        if site.region == "sparse-suffix":
-            if self.sinks is None:
-                self.sinks = self._first_positions()
-            blocks = call(
-                ops.select_blocks.default,
-                (query, inputs["focus_weight"], inputs[f"summaries_{site.index}"],
-                 inputs["candidates"], inputs["keep"]),
-            )  # fmt: skip
-            return call(
-                ops.sparse_attention.default,
-                (query, key, value, blocks, self.sinks, inputs["candidates"],
-                 self.plan.key_block, mask, scale),
-            )  # fmt: skip
-        if site.region == "sink-capture":
-            attended = call(ops.attention_with_lse.default, (query, key, value, mask, scale))
-            lse = call(operator.getitem, (attended, 1))
-            limit = self.values.call(aten.mul.Tensor, inputs["candidates"], self.plan.key_block)
-            self.sinks = call(
-                ops.capture_sinks.default,
-                (query, key, lse, inputs["row_weight"], mask, limit, self.plan.sink_tokens, scale),
-            )
-            return call(operator.getitem, (attended, 0))
-        return call(ops.attention.default, (query, key, value, mask, scale))
+    def extra(self) -> Sequence[fx.Node]:
+        """Outputs after the rows'."""
+        raise NotImplementedError
 
-    def _first_positions(self) -> fx.Node:
-        """The sinks where no layer captures them, [batch, sink_tokens]."""
-        count, device = self.plan.sink_tokens, self.inputs["rows"].meta["device"]
-        first = self.graph.call_function(aten.arange.default, (count,), {"device": device})
-        return self.values.call(
-            aten.expand.default, first, [self.values.size(self.plan.batch), count]
-        )
-
-    def _write(self, name: str, rows: fx.Node) -> fx.Node:
+    def write(self, name: str, rows: fx.Node) -> fx.Node:
         """Active K or V rows into the cache [batch, heads, length, d], in place."""
         cache = self.inputs[name]
         if self.plan.batch == 1:
@@ -108,3 +73,79 @@ class _StepBuilder(RowBuilder):
             rows = self.values.call(aten.transpose.int, rows, 1, 2)
         self.values.call(aten.index_put_.default, cache, indices, rows)
         return cache
+
+
+class _StepBuilder(ActiveRowsBuilder):
+    """Each site attends as its region says."""
+
+    def __init__(self, gm: fx.GraphModule, plan: Plan, choose: bool) -> None:
+        super().__init__(gm, plan, STEP_INPUTS)
+        self.choose = choose
+        self.sinks: fx.Node | None = None if choose else self.inputs.get("kept_sinks")
+
+    def extra(self) -> Sequence[fx.Node]:
+        return [] if self.sinks is None else [self.sinks]
+
+    def site(self, node: fx.Node, row: RowOp, site: Site) -> fx.Node:
+        ops = torch.ops.focus_compile
+        query, new_key, new_value = (self.argument(a, row) for a in node.args[:3])
+        mask = self.argument(node.args[3], row)
+        scale = node.args[4]
+        key = self.write(f"key_cache_{site.index}", new_key)
+        value = self.write(f"value_cache_{site.index}", new_value)
+        call, inputs = self.graph.call_function, self.inputs
+        if site.region == "sparse-suffix":
+            if self.sinks is None:
+                self.sinks = self._first_positions()
+            blocks = self._blocks(site, query)
+            return call(
+                ops.sparse_attention.default,
+                (query, key, value, blocks, self.sinks, inputs["candidates"],
+                 self.plan.key_block, mask, scale),
+            )  # fmt: skip
+        if site.region == "sink-capture" and self.choose:
+            attended = call(ops.attention_with_lse.default, (query, key, value, mask, scale))
+            lse = call(operator.getitem, (attended, 1))
+            limit = self.values.call(aten.mul.Tensor, inputs["candidates"], self.plan.key_block)
+            attention = (query, key, lse, inputs["row_weight"], mask, limit)
+            self.sinks = self._left("kept_sinks", self._captured_sinks(attention, scale))
+            return call(operator.getitem, (attended, 0))
+        return call(ops.attention.default, (query, key, value, mask, scale))
+
+    def _blocks(self, site: Site, query: fx.Node) -> fx.Node:
+        """The key blocks that a sparse site reads, [batch, blocks], chosen by the heads of all
+        ranks, or by an earlier step."""
+        ops, call, inputs = torch.ops.focus_compile, self.graph.call_function, self.inputs
+        name = f"kept_blocks_{site.index}"
+        if not self.choose:
+            return inputs[name]
+        relevance = (query, inputs["focus_weight"], inputs[f"summaries_{site.index}"])
+        kept = (inputs["candidates"], inputs["keep"])
+        if self.plan.ranks is None:
+            return self._left(name, call(ops.select_blocks.default, (*relevance, *kept)))
+        scores = call(ops.block_relevance.default, relevance)
+        scores = insert_sum_over_ranks(self.graph, scores, self.plan.ranks.group)
+        return self._left(name, call(ops.keep_blocks.default, (scores, *kept)))
+
+    def _left(self, name: str, chosen: fx.Node) -> fx.Node:
+        """What was chosen, left in the state where later steps read it."""
+        if name not in self.inputs:
+            return chosen
+        return self.graph.call_function(aten.copy_.default, (self.inputs[name], chosen))
+
+    def _captured_sinks(self, attention: tuple[Any, ...], scale: Any) -> fx.Node:
+        """The sinks by the attention (query, key, lse, weight, mask, limit) of all ranks' heads."""
+        ops, call, count = torch.ops.focus_compile, self.graph.call_function, self.plan.sink_tokens
+        if self.plan.ranks is None:
+            return call(ops.capture_sinks.default, (*attention, count, scale))
+        scores = call(ops.sink_scores.default, (*attention, scale))
+        scores = insert_sum_over_ranks(self.graph, scores, self.plan.ranks.group)
+        return call(ops.keep_sinks.default, (scores, attention[-1], count))
+
+    def _first_positions(self) -> fx.Node:
+        """The sinks where no layer captures them, [batch, sink_tokens]."""
+        count, device = self.plan.sink_tokens, self.inputs["rows"].meta["device"]
+        first = self.graph.call_function(aten.arange.default, (count,), {"device": device})
+        return self.values.call(
+            aten.expand.default, first, [self.values.size(self.plan.batch), count]
+        )

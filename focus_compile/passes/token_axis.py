@@ -10,6 +10,7 @@ and its rows are selected; an attention site stops the walk, since its keys come
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
@@ -30,15 +31,19 @@ from focus_compile.passes.sorted_rows import places_rule
 from focus_compile.passes.token_rules import rule_for
 from focus_compile.plan import Factor, Operand, OutputRows, Refusal, RowAxes, RowOp
 
-__all__ = ["Demands", "NotTokenWise", "RowProof", "hidden_values", "prove_rows"]
+__all__ = ["Demands", "NotTokenWise", "RowProof", "graph_outputs", "hidden_values", "prove_rows"]
 
 
 class NotTokenWise(Exception):
-    """An op that cannot be proven token-wise; carries the refusal."""
+    """An op that cannot be proven token-wise; carries the refusal, and the node if it is one's."""
 
-    def __init__(self, refusal: Refusal) -> None:
+    def __init__(self, refusal: Refusal, node: fx.Node | None = None) -> None:
         super().__init__(str(refusal))
-        self.refusal = refusal
+        self.refusal, self.node = refusal, node
+
+    @classmethod
+    def of(cls, reason: str, remedy: str = "") -> NotTokenWise:
+        return cls(Refusal(reason, remedy=remedy))
 
 
 @dataclass(frozen=True)
@@ -50,25 +55,35 @@ class RowProof:
     operations: tuple[tuple[str, int], ...]
 
 
-def prove_rows(gm: fx.GraphModule, ids: fx.Node, weights: set[fx.Node]) -> RowProof:
+def prove_rows(
+    gm: fx.GraphModule,
+    ids: fx.Node,
+    weights: set[fx.Node],
+    *,
+    outputs: Sequence[fx.Node] | None = None,
+    within: Set[fx.Node] | None = None,
+) -> RowProof:
     """Walk the graph backwards from its outputs.
 
     Args:
         gm: canonical graph with attention sites.
         ids: the placeholder of the token ids, [batch, tokens].
         weights: placeholders of parameters and buffers.
+        outputs: values to begin from instead.
+        within: the nodes to prove; others are taken for granted.
 
     Raises:
         NotTokenWise: the first op, from the outputs backwards, that mixes rows.
     """
     batch, length = shape_of(ids)
     demands = Demands(batch, length, hidden_values(gm.graph, ids, weights))
-    outputs = tuple(_demand_output(demands, node) for node in _outputs(gm.graph))
+    begin = graph_outputs(gm.graph) if outputs is None else outputs
+    proven = tuple(_demand_output(demands, node) for node in begin)
     rows: list[RowOp] = []
     counts: Counter[str] = Counter()
     for node in reversed(gm.graph.nodes):
         axes = demands.rows.get(node)
-        if axes is None:
+        if axes is None or (within is not None and node not in within):
             continue
         if node.op != "call_function":
             raise NotTokenWise(Refusal(f"the input {node.name} holds hidden states"))
@@ -79,7 +94,7 @@ def prove_rows(gm: fx.GraphModule, ids: fx.Node, weights: set[fx.Node]) -> RowPr
         _require_all_read(demands, node, operands)
         rows.append(RowOp(node.name, axes, tuple(operands.values())))
         counts[_kind(node)] += 1
-    return RowProof(tuple(reversed(rows)), outputs, tuple(sorted(counts.items())))
+    return RowProof(tuple(reversed(rows)), proven, tuple(sorted(counts.items())))
 
 
 def _require_all_read(demands: Demands, node: fx.Node, operands: dict[str, Operand]) -> None:
@@ -121,7 +136,8 @@ def _may_hold_rows(value: torch.Tensor | None, length: sympy.Expr) -> bool:
     return value is None or any(divides(length, size_expression(size)) for size in value.shape)
 
 
-def _outputs(graph: fx.Graph) -> list[fx.Node]:
+def graph_outputs(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that the graph returns."""
     output = graph.output_node().args[0]
     values = output if isinstance(output, (tuple, list)) else (output,)
     return [value for value in values if isinstance(value, fx.Node)]
@@ -135,14 +151,15 @@ def _demand_output(demands: Demands, node: fx.Node) -> OutputRows:
                 f"the output {node.name} has shape {[str(s) for s in shape]}, expected "
                 f"[{demands.batch}, {demands.length}, ...] with one row a token",
                 user_line(node),
-                "Return logits only (no loss, no cache: use_cache=False, no labels).",
-            )
+                "Return logits of all tokens, and no cache (use_cache=False).",
+            ),
+            node,
         )
     if node not in demands.hidden:
-        raise NotTokenWise(Refusal(f"the output {node.name} does not depend on the ids"))
+        raise NotTokenWise(Refusal(f"the output {node.name} does not depend on the ids"), node)
     axes = RowAxes(Factor(1), None if demands.batch == 1 else Factor(0))
     demands.rows[node] = axes
-    width = sympy.prod(shape[2:])
+    width = sympy.Mul(*shape[2:])
     row_bytes = int(width) * fake_of(node).itemsize if width.is_Integer else 0
     return OutputRows(node.name, axes, row_bytes)
 
@@ -250,7 +267,8 @@ class Demands:
             Refusal(
                 f"{name} is not token-wise: {reason}",
                 f"{self.consumer.name}, {user_line(self.consumer)}",
-            )
+            ),
+            self.consumer,
         )
 
     def _record(self, operand: Operand) -> None:

@@ -63,14 +63,19 @@ def rule_for(node: fx.Node) -> Rule:
     if name in ALONG_AXIS:
         return _along_axis
     tags = getattr(node.target, "tags", ())
-    random = torch.Tag.nondeterministic_seeded in tags
-    if not random and (name in ELEMENTWISE or torch.Tag.pointwise in tags):
+    if torch.Tag.nondeterministic_seeded in tags:
+        return _random
+    if name in ELEMENTWISE or torch.Tag.pointwise in tags:
         return _elementwise
     return _unknown
 
 
 def _unknown(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     demands.refuse("focus_compile has no rule for it")
+
+
+def _random(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    demands.refuse("it draws random numbers (of dropout, model.eval() makes nothing)")
 
 
 def _factors(axes: RowAxes) -> list[Factor]:
@@ -409,6 +414,31 @@ def _repeat_interleave(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     demands.need_rows(arg(node, 0), axes)
 
 
+def _confidence(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    """A pair of values without the last axis."""
+    demands.need_rows(arg(node, 0), axes)
+
+
+def _one_hot(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    """one_hot(classes, count): a new last axis. A count of -1 depends on all rows."""
+    count = _argument(node, 1, "num_classes", -1)
+    if not isinstance(count, int) or count < 0:
+        demands.refuse("counts the classes of all tokens")
+    _forbid(demands, axes, [_rank(node) - 1], "makes")
+    demands.need_rows(arg(node, 0), axes)
+
+
+def _view_as_complex(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    """Pairs of the last axis become numbers."""
+    demands.need_rows(arg(node, 0), axes)
+
+
+def _view_as_real(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    """Numbers become pairs, on a new last axis."""
+    _forbid(demands, axes, [_rank(node) - 1], "makes")
+    demands.need_rows(arg(node, 0), axes)
+
+
 def _attention(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
     """A site: queries, keys and values by row; the other keys come from the cache."""
     query, key, value, mask, _ = node.args
@@ -425,12 +455,30 @@ def _attention(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
         demands.need_broadcast(mask, axes, [*shape_of(node)[:3], demands.length])
 
 
+def _of_ranks(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    """A sum over ranks, or the wait for a collective: every rank has the same rows."""
+    demands.need_rows(arg(node, 0), axes)
+
+
+def _gather_ranks(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    """The first axis of every rank's value, one after the other."""
+    _forbid(demands, axes, [0], "gathers from all ranks along")
+    demands.need_rows(arg(node, 0), axes)
+
+
+def _scatter_ranks(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
+    """A sum over ranks, a part of the first axis for each."""
+    _forbid(demands, axes, [0], "deals out to the ranks")
+    demands.need_rows(arg(node, 0), axes)
+
+
 _RULES: dict[str, Rule] = {
     "embedding": _embedding,
     "linear": _linear,
     "matmul": _matmul,
     "mm": _matmul,
     "bmm": _matmul,
+    "_int_mm": _matmul,
     "addmm": _addmm,
     "baddbmm": _addmm,
     "layer_norm": _normalisation,
@@ -463,8 +511,16 @@ _RULES: dict[str, Rule] = {
     "repeat": _repeat,
     "repeat_interleave": _repeat_interleave,
     "index": _index,
+    "one_hot": _one_hot,
+    "view_as_complex": _view_as_complex,
+    "view_as_real": _view_as_real,
     "index_add": add_back,
     "_grouped_mm": grouped_product,
     "transformers.grouped_mm_fallback": grouped_product,
+    "_c10d_functional.all_reduce": _of_ranks,
+    "_c10d_functional.wait_tensor": _of_ranks,
+    "_c10d_functional.all_gather_into_tensor": _gather_ranks,
+    "_c10d_functional.reduce_scatter_tensor": _scatter_ranks,
     "focus_compile.attention": _attention,
+    "focus_compile.confidence": _confidence,
 }

@@ -10,21 +10,28 @@ from focus_compile.passes.graph_tools import arg, op_name, shape_of, tensor_of
 
 __all__ = [
     "CASTS",
+    "DROPOUT",
     "NEGLIGIBLE",
     "AttentionMatch",
     "MaskTerm",
     "Miss",
+    "OtherKeys",
     "look_through",
     "mask_rank_is_four",
 ]
 
 NEGLIGIBLE = -1e8
 """A finite fill at or below this absorbs any score, so adding it equals filling with it."""
+DROPOUT = "attention dropout is on, which model.eval() turns off"
 CASTS = {"_to_copy.default", "clone.default", "to.dtype", "type_as.default"}
 
 
 class Miss(Exception):
     """The anchor looked like attention but a condition failed; the message says which."""
+
+
+class OtherKeys(Miss):
+    """Attention whose keys are not those of the call's own tokens."""
 
 
 @dataclass(frozen=True)

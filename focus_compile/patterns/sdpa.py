@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from focus_compile.passes.graph_tools import op_name, shape_of, tensor_of
-from focus_compile.patterns.match import AttentionMatch, MaskTerm, Miss
+from focus_compile.patterns.match import DROPOUT, AttentionMatch, MaskTerm, Miss
 
 __all__ = ["ScaledDotProduct"]
 
@@ -31,7 +31,7 @@ class ScaledDotProduct:
         """Raises Miss: dropout on, or operands without a head axis."""
         given: dict[str, Any] = dict(zip(ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
         if given.get("dropout_p", 0.0):
-            raise Miss("attention dropout is on")
+            raise Miss(DROPOUT)
         query = given["query"]
         if len(shape_of(query)) != 4:
             raise Miss(f"query has {len(shape_of(query))} axes, expected [batch, heads, rows, d]")
@@ -60,6 +60,7 @@ class ScaledDotProduct:
         yield "masked", lambda q, k, v: sdpa(q, k, v, attn_mask=mask.to(q.device)), True
         yield "grouped", lambda q, k, v: sdpa(q, k[:, :2], v[:, :2], enable_gqa=True), True
         yield "dropout", lambda q, k, v: sdpa(q, k, v, dropout_p=0.5), False
+        yield "wide values", lambda q, k, v: sdpa(q, k, torch.cat([v, v], -1)), False
         yield "three axes", lambda q, k, v: sdpa(q[:, 0], k[:, 0], v[:, 0]), False
 
 

@@ -16,6 +16,7 @@ from torch import fx
 from focus_compile.passes.graph_tools import arg, op_name, position, shape_of
 from focus_compile.patterns.match import (
     CASTS,
+    DROPOUT,
     NEGLIGIBLE,
     AttentionMatch,
     MaskTerm,
@@ -248,6 +249,8 @@ def _consumer(softmax: fx.Node) -> tuple[fx.Node, fx.Node]:
             break
         node = users[0]
     output = users[0]
+    if op_name(output) == "dropout.default":
+        raise Miss(DROPOUT)
     if op_name(output) not in ("matmul.default", "bmm.default") or arg(output, 0) is not node:
         raise Miss(f"the attention probabilities are consumed by {op_name(output)}")
     return output, arg(output, 1)

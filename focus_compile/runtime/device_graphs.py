@@ -10,6 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from focus_compile.errors import FocusError
+from focus_compile.torch_tools import span
+
 __all__ = ["DeviceGraphs"]
 
 log = logging.getLogger(__name__)
@@ -36,6 +39,10 @@ class DeviceGraphs:
 
     def run(self, key: Hashable, work: Callable[[], T]) -> T:
         """The result of `work`; everything it reads and writes must be the same for the key."""
+        with span(key):
+            return self._run(key, work)
+
+    def _run(self, key: Hashable, work: Callable[[], T]) -> T:
         held = self._graphs.get(key)
         if held is not None:
             graph, result = held
@@ -53,9 +60,12 @@ class DeviceGraphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.device(self.device):
                 result = self._record(graph, work)
+        except FocusError:
+            raise  # the work's own: nothing was wrong with capturing it
         except RuntimeError as error:
             self.enabled = False
-            self.failed(str(error).splitlines()[0])
+            # Leaving a failed capture raises an error of its own over the one that explains it.
+            self.failed(str(error.__context__ or error).splitlines()[0])
             return work()
         self._graphs[key] = graph, result
         log.info("captured the CUDA graph %s in %.2f s", key, time.perf_counter() - started)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,29 +13,28 @@ from torch import Tensor
 
 from focus_compile.capture import Capture
 from focus_compile.config import FocusConfig
-from focus_compile.errors import RefusalError, SelfCheckError
+from focus_compile.errors import CompileError, RanksError, RefusalError, SelfCheckError
 from focus_compile.fallback import refuse, warn_once
-from focus_compile.kernels.confidence.op import confidence
 from focus_compile.plan import Plan
 from focus_compile.policies.presets import policy_for
-from focus_compile.runtime.buckets import bucket_for, pack_rows
+from focus_compile.runtime.continuity import NEVER_CONTINUED
 from focus_compile.runtime.device_graphs import DeviceGraphs
 from focus_compile.runtime.guard import (
     CallInputs,
-    compare_inputs,
     why_not_comparable,
     why_not_continued,
 )
-from focus_compile.runtime.latest_rows import LatestRows
-from focus_compile.runtime.observe import Flags, observe
+from focus_compile.runtime.inspection import Inspector, Source, active_inspector
+from focus_compile.runtime.observe import Flags
 from focus_compile.runtime.programs import Programs
-from focus_compile.runtime.record import StepRecord, active_history
+from focus_compile.runtime.record import StepRecord, is_watched, note
 from focus_compile.runtime.self_check import check_plan
 from focus_compile.runtime.store import STORE, Slot
 from focus_compile.runtime.trajectory import Blocks, Trajectory, current_stream
-from focus_compile.runtime.warm_up import WarmUp, asked_for, buckets_within
+from focus_compile.runtime.trajectory_calls import CONTINUES, REPEATED, Outcome, TrajectoryCalls
+from focus_compile.runtime.warm_up import asked_for
 
-__all__ = ["NO_MASKS", "Dispatcher"]
+__all__ = ["CONTINUES", "EDITED", "NO_MASKS", "REPEATED", "Dispatcher", "Outcome"]
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,20 @@ _INFERENCE_WEIGHTS = (
 
 
 NO_MASKS = "no mask token in the input"
-_NO_TOKEN = -1
+EDITED = "decided tokens changed"
+_NO_ROOM = "an incremental program ran out of memory"
+_LESS_MEMORY = (
+    'Decode fewer or shorter sequences at once, or set logits="response"; torch.compiler.reset() '
+    "lets it be tried again."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why an incremental program could not run. lasting: whether it never will."""
+
+    reason: str
+    lasting: bool
 
 
 class Dispatcher:
@@ -57,104 +70,244 @@ class Dispatcher:
 
     def __init__(self, captured: Capture, plan: Plan, programs: Programs, config: FocusConfig):
         self.plan, self.programs, self.config = plan, programs, config
-        self.policy = policy_for(config)
-        self._original = captured.original
-        self._inputs = [*plan.positions("guarded"), plan.ids.position]
+        self.calls = TrajectoryCalls(plan, programs, config, policy_for(config))
+        self.agreement = self.calls.agreement
+        whole = plan.tail is None and not plan.writes
+        self._model = captured.original if whole else captured.graph_module
+        compared = [*plan.positions("guarded"), plan.ids.position]
+        self._inputs = [*compared, *_tensors(captured, plan.positions("tail"))]
         self._first_weight = plan.positions("weight")[0]
         self._mask_token_id = -1 if config.mask_token_id is None else config.mask_token_id
+        self._written = tuple(at for _, at in plan.writes)
+        self._names = [info.name for info in captured.inputs]
+        shown = {plan.ids.position, *plan.positions("guarded"), *plan.positions("tail")}
+        self._shown = sorted(shown)
+        self._memory: dict[tuple[int, ...], dict[str, int]] = {}
+        """Bytes of a trajectory, by the sizes of inspected calls."""
         self._checked = False
         self._refused: str | None = None
+        self._too_many: int | None = None
+        """Tokens of a call that ran out of memory."""
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
         started = time.perf_counter()
+        inspector = active_inspector()
+        if inspector is not None:
+            inspector.begin(args[self.plan.ids.position])
         compiled = self._compile_seconds
         arguments = list(args)
         for at in self._inputs:
             arguments[at] = args[at].contiguous()
         with torch.no_grad():
             outputs, entry = self._run(arguments)
-        history = active_history()
-        if history is not None:
-            entry["milliseconds"] = (time.perf_counter() - started) * 1e3
-            entry["compile_seconds"] = self._compile_seconds - compiled
-            history.append(StepRecord(**entry))
+            of_model = outputs
+            if entry["program"] != "exact":
+                outputs, entry = self._answer(arguments, outputs, entry)
+            for at in self._written:
+                if arguments[at] is not args[at]:
+                    args[at].copy_(arguments[at])
+        if inspector is None and not is_watched():
+            return outputs
+        not_ours = 0.0 if inspector is None else inspector.waited()
+        entry["milliseconds"] = (time.perf_counter() - started - not_ours) * 1e3
+        entry["compile_seconds"] = self._compile_seconds - compiled
+        record = StepRecord(**entry)
+        note(record)
+        if inspector is not None:
+            self._show(inspector, record, arguments, of_model)
         return outputs
+
+    def _show(
+        self, inspector: Inspector, record: StepRecord, args: Sequence[Any], outputs: Any
+    ) -> None:
+        """Hand the call to who inspects it. outputs: of the model, before what follows it."""
+        plan = self.plan
+        held = STORE.slot(args[self._first_weight]).trajectory
+        inspector.held_bytes = None if held is None else held.nbytes
+        inputs = {self._names[at]: args[at] for at in self._shown if isinstance(args[at], Tensor)}
+        whole = plan.tail is None and not plan.writes
+        logits: Sequence[Tensor] | None = None
+        if plan.logits is not None:
+            logits = outputs[plan.logits : plan.logits + 1]
+        elif record.program != "exact" or whole:
+            logits = outputs[len(plan.outputs) - 2 : len(plan.outputs)]
+        if record.program == "exact" and not whole:
+            logits = None
+        name = self._names[plan.ids.position]
+        inspector.finish(record, self._source(args), name, inputs, logits)
+
+    def _source(self, args: Sequence[Any]) -> Source:
+        weights = [args[at] for at in self.plan.positions("weight")]
+        sizes = tuple(args[self.plan.ids.position].shape)
+        if self._memory.get(sizes) is None:
+            _, first_row = self._place(args[self.plan.ids.position])
+            self._memory[sizes] = self.programs.memory_plan(args, first_row).to_dict()
+        memory = self._memory[sizes]
+        return Source(self.config, self.plan, self._refused or "", weights, memory)
+
+    def _answer(
+        self, args: Sequence[Any], rows: Sequence[Tensor], entry: dict[str, Any]
+    ) -> Outcome:
+        """What the caller's function returns, of the model's outputs of all rows; writes into the
+        inputs what it writes."""
+        failure: _Failure | None = None
+        try:
+            outputs = self.programs.run_tail(args, rows)
+        except (CompileError, torch.OutOfMemoryError) as error:
+            failure = self._failure(args, error)
+        if failure is not None:
+            self._forget(args)
+            return self._exact(args, self._give_up(failure))
+        for result, at in self.plan.writes:
+            args[at].copy_(outputs[result])
+        return outputs[len(self.plan.writes) :], entry
 
     @property
     def _compile_seconds(self) -> float:
         """Spent on compiling programs so far."""
         return self.programs.compile_seconds
 
-    def _run(self, args: Sequence[Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    def _run(self, args: Sequence[Any]) -> Outcome:
+        outcome: Outcome | str
         if self._refused is not None:
-            return self._exact(args, self._refused)
-        if self.config.policy == "exact":
-            return self._exact(args, 'policy="exact"')
+            outcome = self._refused
+        elif self.config.policy == "exact":
+            outcome = 'policy="exact"'
+        else:
+            outcome = self._attempt(args)
+        return self._exact(args, outcome) if isinstance(outcome, str) else outcome
+
+    def _attempt(self, args: Sequence[Any]) -> Outcome | str:
+        """What the incremental programs return, or why the exact one must run."""
         slot = STORE.slot(args[self._first_weight])
         if not slot.lock.acquire(blocking=False):
-            return self._busy(args, "another thread is using the model's trajectory")
+            return self._why_busy(args, "another thread is using the model's trajectory")
         try:
             # Not bound to a name here: what is replaced must be gone before its successor is made.
             if slot.trajectory is not None and slot.trajectory.belongs_to_another_thread():
-                return self._busy(args, "another thread owns the model's trajectory")
-            return self._incremental(slot, args)
+                return self._why_busy(args, "another thread owns the model's trajectory")
+            try:
+                return self._incremental(slot, args)
+            except (CompileError, torch.OutOfMemoryError) as error:
+                failure = self._failure(args, error)
+            # Here the failed call's frames are gone, and what they held.
+            slot.trajectory = None
+            return self._give_up(failure)
         finally:
             slot.lock.release()
 
-    def _busy(self, args: Sequence[Any], why: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    def _failure(self, args: Sequence[Any], error: Exception) -> _Failure:
+        if isinstance(error, CompileError):
+            return _Failure(str(error), lasting=True)
+        return _Failure(self._no_room(args), lasting=False)
+
+    def _give_up(self, failure: _Failure) -> str:
+        """Say why the call runs exactly; under strict every call that fails so raises."""
+        self._end_ranks(failure.reason)
+        self._refuse(failure.reason)
+        if failure.lasting:
+            self._refused = failure.reason
+        return failure.reason
+
+    def _end_ranks(self, reason: str) -> None:
+        """No rank can run another program than the others, which wait in a collective."""
+        if self.agreement is not None:
+            size = self.agreement.group.size()
+            raise RanksError(f"focus_compile: rank {self.agreement.rank} of {size}: {reason}")
+
+    def _forget(self, args: Sequence[Any]) -> None:
+        """Free the trajectory, unless it is another thread's by now."""
+        slot = STORE.slot(args[self._first_weight])
+        if slot.lock.acquire(blocking=False):
+            try:
+                held = slot.trajectory
+                if held is not None and not held.belongs_to_another_thread():
+                    slot.trajectory = None
+            finally:
+                slot.lock.release()
+
+    def _why_busy(self, args: Sequence[Any], why: str) -> str:
         """Exact because of another thread: worth a word only where masks are left to decode."""
-        if not self._any_masked(args):
-            return self._exact(args, NO_MASKS)
-        return self._exact(args, self._refuse(why))
+        return self._refuse(why) if self._any_masked(args) else NO_MASKS
 
     def _any_masked(self, args: Sequence[Any]) -> bool:
         return bool(args[self.plan.ids.position].eq(self._mask_token_id).any())
 
-    def _exact(self, args: Sequence[Any], why: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    def _exact(self, args: Sequence[Any], why: str) -> Outcome:
         ids = args[self.plan.ids.position]
         outputs = self.programs.exact(*args)
-        keys = self._keys_read(ids.shape[1], None)
+        keys = self.calls.keys_read(ids.shape[1], None)
         return outputs, {"program": "exact", "why": why, "rows": ids.numel(), "keys": keys}
 
-    def _incremental(
-        self, slot: Slot, args: Sequence[Any]
-    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    def _incremental(self, slot: Slot, args: Sequence[Any]) -> Outcome | str:
         """Refresh or step. The slot is empty while state is in flux, so nothing torn survives."""
         call = CallInputs.of(self.plan, args)
         held = slot.trajectory if isinstance(slot.trajectory, Trajectory) else None
+        inspector, begun = active_inspector(), time.perf_counter()
         why, flags = self._compare(held, call)
+        if inspector is not None:
+            inspector.guard_seconds = time.perf_counter() - begun
         if not (self._any_masked(args) if flags is None else flags.masked):
-            return self._exact(args, NO_MASKS)
-        slot.trajectory = None
-        if why is None and held is not None and flags is not None:
-            outputs, entry = self._continue(held, args, flags)
+            return NO_MASKS
+        if why is None and held is not None and flags is not None and flags.decoded_only:
+            slot.trajectory = None
+            outcome = self.calls.answer(held, args, flags, slot.guard)
             slot.trajectory = held
-            return outputs, entry
-        refusal = self._why_cannot_begin(call)
-        if refusal is not None:
-            return self._exact(args, self._refuse(refusal))
-        blocks, first_row = self._place(call)
-        if held is not None and not (held.owner is self and held.fits(call, first_row)):
-            held = None
-        if held is None:
-            plan = self.programs.memory_plan(args, first_row)
-            problem = plan.why_no_room(call.ids.device)
-            if problem is not None:
-                return self._exact(args, self._refuse(problem))
-            held = self._allocate(args, call, first_row)
+            if flags.decided:
+                slot.continuity.continued()
+                held.forget_other()
+            return outcome
+        del held  # what is replaced must be gone before its successor is made
+        return self._start(slot, call, args, why)
+
+    def _start(
+        self, slot: Slot, call: CallInputs, args: Sequence[Any], why: str | None
+    ) -> Outcome | str:
+        """A refresh, of a new trajectory unless `why` is None; or why the call must be exact."""
+        held = slot.trajectory if isinstance(slot.trajectory, Trajectory) else None
+        slot.trajectory = None
+        first_ids: Tensor | None = call.ids
+        other: Tensor | None = None
+        if held is not None and why is not None:
+            slot.continuity.left(held.ids)
+            other = slot.continuity.ids
+        if asked_for() is None:
+            first_ids = slot.continuity.first_ids(call.ids, self._mask_token_id)
+        if first_ids is None:
+            return self._refuse(NEVER_CONTINUED)
+        if why is None and held is not None:
+            outcome = self.calls.refresh(held, args, EDITED)
+        else:
+            blocks, first_row = self._place(first_ids)
+            if held is not None and not (held.owner is self and held.fits(call, first_row)):
+                held = None
+            reason = self._why_cannot_begin(call)
+            if held is None and reason is None:
+                reason = self.programs.memory_plan(args, first_row).why_no_room(call.ids.device)
+                reason = self._anywhere(reason, call.ids.device)
+            if reason is not None:
+                return self._refuse(reason)
+            held = held or self._allocate(args, call, first_row)
+            held.begin(call, blocks, self.plan.key_block, self.config.keep_ratio, other)
+            outcome = self._begin(held, call, args, f"new trajectory: {why}")
+            if self._refused is not None:
+                return self._refused
+        if asked_for() is None:
+            slot.continuity.refreshed()
+        slot.trajectory = held
+        return outcome
+
+    def _begin(self, held: Trajectory, call: CallInputs, args: Sequence[Any], why: str) -> Outcome:
+        """The first refresh of a trajectory; the first of all is checked, and may be refused."""
         held.merged = self.programs.merge(args, held.merged)
-        held.begin(call, blocks, self.plan.key_block, self.config.keep_ratio)
-        outputs, entry = self._refresh(held, args, f"new trajectory: {why}")
+        outcome = self.calls.refresh(held, args, why)
         if not self._checked:
             self._check(held, args)
             self._checked = True
-            if self._refused is not None:
-                return self._exact(args, self._refused)
         warm_up = asked_for()
-        if warm_up is not None:
-            warm_up.append(self._warm_up(held, args, call))
-        slot.trajectory = held
-        return outputs, entry
+        if warm_up is not None and self._refused is None:
+            warm_up.append(self.calls.warm_up(held, args, call))
+        return outcome
 
     def _compare(
         self, held: Trajectory | None, call: CallInputs
@@ -164,62 +317,53 @@ class Dispatcher:
             return "warm-up", None
         why = why_not_comparable(held, self, call, current_stream(call.ids))
         if why is not None or held is None:
+            self._require_agreement(call)
             return why, None
-        pending = self._observe(held, call)
+        pending = self.calls.observe(held, call)
         same_weights = held.weights.are(call.weights)  # while the device compares the ids
         flags = Flags(*pending.tolist())
+        if self.agreement is not None:
+            self.agreement.require(flags.differ)
         return why_not_continued(same_weights, flags), flags
 
-    def _warm_up(self, trajectory: Trajectory, args: Sequence[Any], call: CallInputs) -> WarmUp:
-        """Run a step of every bucket, and capture it; afterwards no call continues the trajectory.
+    def _require_agreement(self, call: CallInputs) -> None:
+        """Where a call continues nothing, all ranks must know it, and of the same call."""
+        if self.agreement is not None:
+            self.agreement.require(int(self.agreement.differ(call.ids, [])))
 
-        One compiled step serves all buckets, so that one is enough where nothing is captured.
-        """
-        t, graphs = trajectory, trajectory.graphs
-        compiled, length = self.programs.compile_seconds, t.ids.shape[1]
-        buckets = buckets_within(
-            length - t.first_row, self.config.buckets, length, t.ids.device.type
-        )
-        buckets = buckets if graphs.enabled else buckets[:1]
-        for _ in range(2):
-            self._observe(t, call)
-            for bucket in buckets:
-                t.active.zero_()
-                t.active[:, t.first_row : t.first_row + bucket] = True
-                t.focus.copy_(t.active)
-                self._run_bucket(t, args, bucket)
-        t.ids.fill_(_NO_TOKEN)
-        return WarmUp(buckets, graphs.captured, self.programs.compile_seconds - compiled)
-
-    def _observe(self, trajectory: Trajectory, call: CallInputs) -> Tensor:
-        """Compare the call with the trajectory on its device: the `Flags`, not waited for."""
-        policy = self.policy
-        assert policy is not None
-        trajectory.incoming.copy_(call.ids)
-        compare_inputs(trajectory, call)
-        return trajectory.graphs.run(
-            "observe",
-            lambda: observe(trajectory, policy, self._mask_token_id, self.config.block_length),
-        )
+    def _anywhere(self, reason: str | None, device: torch.device) -> str | None:
+        """The reason, of whichever rank has one: all must run the same program."""
+        if self.agreement is None or not self.agreement.any(reason is not None, device):
+            return reason
+        return reason or "another rank has a reason, which it names"
 
     def _why_cannot_begin(self, call: CallInputs) -> str | None:
         if any(weight.is_inference() for weight in call.weights):
             return _INFERENCE_WEIGHTS
+        if self._too_many is not None and call.ids.numel() >= self._too_many:
+            return f"{_NO_ROOM} with {self._too_many} tokens. {_LESS_MEMORY}"
         return None
 
-    def _place(self, call: CallInputs) -> tuple[Blocks, int]:
+    def _no_room(self, args: Sequence[Any]) -> str:
+        """The reason why this call and larger ones run exactly from now on."""
+        self._too_many = args[self.plan.ids.position].numel()
+        return f"{_NO_ROOM} with {self._too_many} tokens. {_LESS_MEMORY}"
+
+    def _place(self, ids: Tensor) -> tuple[Blocks, int]:
         """Where the response's blocks lie, and the first row that a refresh must return."""
-        blocks = Blocks.of(call.ids.eq(self._mask_token_id), self.config.block_length)
-        if self.plan.logits_rows == "all":
-            return blocks, 0
-        return blocks, max(0, int(blocks.response_start.min()) - self.config.window)
+        masked = ids.eq(self._mask_token_id)
+        blocks = Blocks.of(masked, self.config.block_length)
+        first_row = 0
+        if self.plan.logits_rows == "response":
+            first_row = max(0, int(blocks.response_start.min()) - self.config.window)
+        return blocks.of_guided(ids, masked), first_row
 
     def _allocate(self, args: Sequence[Any], call: CallInputs, first_row: int) -> Trajectory:
         device = call.ids.device
         graphs = DeviceGraphs(self._captures(call), self._no_graphs, device)
         caches = self.programs.allocate(args)
         with torch.inference_mode(False):
-            return Trajectory.allocate(self, call, first_row, caches, graphs)
+            return Trajectory.allocate(self, call, first_row, caches, graphs, self._mask_token_id)
 
     def _captures(self, call: CallInputs) -> bool:
         """Whether steps become CUDA graphs: these hold the work of one device, and numbers that lie
@@ -233,120 +377,15 @@ class Dispatcher:
             self._no_graphs(f"the ids are on {device}, other inputs or weights on {listed}")
         return not others
 
-    def _continue(
-        self, trajectory: Trajectory, args: Sequence[Any], flags: Flags
-    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        recall = None
-        if trajectory.steps_since_refresh and flags.decided:
-            recall = flags.predicted / flags.decided
-        why = self._why_refresh(trajectory, flags)
-        if why is not None:
-            outputs, entry = self._refresh(trajectory, args, why)
-        else:
-            outputs, entry = self._step(trajectory, args, flags)
-        return outputs, entry | {"recall": recall}
-
-    def _why_refresh(self, trajectory: Trajectory, flags: Flags) -> str | None:
-        refresh = self.config.refresh
-        if refresh == "every-step":
-            return "every step"
-        if refresh == "block":
-            return "block entry" if flags.entered else None
-        due = trajectory.steps_since_refresh + 1 >= int(refresh)
-        return f"every {refresh} calls" if due else None
-
-    def _refresh(
-        self, trajectory: Trajectory, args: Sequence[Any], why: str
-    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        t = trajectory
-        outputs = self.programs.refresh(*args, t.rows, *t.caches)
-        t.ids.copy_(t.incoming)
-        masked = t.ids.eq(self._mask_token_id)
-        first = int(t.blocks.response_start.min())
-        probability, _ = confidence(outputs[self.plan.logits][:, first - t.first_row :])
-        t.confidence.zero_()
-        t.confidence[:, first:] = probability
-        t.confidence.masked_fill_(~masked, 0.0)
-        if t.outputs:
-            for latest, values in zip(t.outputs, outputs, strict=True):
-                latest.replace(values)
-        else:
-            t.outputs = [LatestRows(values, t.first_row) for values in outputs]
-        pairs = zip(t.outputs, outputs, strict=True)
-        returned = tuple(
-            latest.hand_out() if t.first_row else latest.lend(values) for latest, values in pairs
-        )
-        t.refreshed_at.copy_(t.blocks.current(masked))
-        t.predicted.zero_()
-        t.steps_since_refresh = 0
-        keys = self._keys_read(t.ids.shape[1], None)
-        entry = {"program": "refresh", "why": why, "rows": t.ids.numel(), "keys": keys}
-        return returned, entry
-
-    def _step(
-        self, trajectory: Trajectory, args: Sequence[Any], flags: Flags
-    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        t = trajectory
-        bucket = bucket_for(flags.largest, self.config.buckets, t.ids.shape[1], t.ids.device.type)
-        self._run_bucket(t, args, bucket)
-        outputs = tuple(latest.hand_out() for latest in t.outputs)
-        t.steps_since_refresh += 1
-        entry = {
-            "program": "step",
-            "why": "continues the trajectory",
-            "rows": flags.rows,
-            "bucket": bucket,
-            "keys": self._keys_read(t.ids.shape[1], t),
-        }
-        return outputs, entry
-
-    def _run_bucket(self, trajectory: Trajectory, args: Sequence[Any], bucket: int) -> None:
-        """A step of the trajectory's active rows, as one CUDA graph where that is captured."""
-        t = trajectory
-        rows = t.graphs.run(("step", bucket), lambda: self._advance(t, args, bucket))
-        if t.graphs.captured:
-            rows = rows.clone()  # the next replay overwrites it
-        for latest in t.outputs:
-            latest.missed(rows)
-
-    def _advance(self, trajectory: Trajectory, args: Sequence[Any], bucket: int) -> Tensor:
-        """The device's part of a step; returns the rows computed, int64 [batch, bucket]."""
-        t = trajectory
-        t.ids.copy_(t.incoming)
-        packed = pack_rows(t.active, t.focus, bucket)
-        computed = self.programs.run_step(
-            self._own_inputs(t, args), packed, t.candidates, t.keep, [*t.caches, *t.merged]
-        )
-        probability, _ = confidence(computed[self.plan.logits])
-        t.confidence.scatter_(1, packed.rows, probability)
-        for latest, values in zip(t.outputs, computed, strict=False):
-            latest.write(packed.rows, values)
-        t.predicted.copy_(t.focus)
-        return packed.rows
-
-    def _own_inputs(self, trajectory: Trajectory, args: Sequence[Any]) -> list[Any]:
-        """The call's inputs with the trajectory's equal tensors, which stay where they are."""
-        own = list(args)
-        own[self.plan.ids.position] = trajectory.ids
-        for at, tensor in zip(self.plan.positions("guarded"), trajectory.guarded, strict=True):
-            own[at] = tensor
-        return own
-
-    def _keys_read(self, length: int, trajectory: Trajectory | None) -> dict[str, int]:
-        """Keys that each layer of a region reads, for sequence 0; all of them outside a step."""
-        keys = dict.fromkeys((site.region for site in self.plan.sites), length)
-        if trajectory is not None and "sparse-suffix" in keys:
-            block = self.plan.key_block
-            candidates, kept = trajectory.prompt_blocks
-            sinks = min(self.plan.sink_tokens, (candidates - kept) * block)
-            keys["sparse-suffix"] = length - (candidates - kept) * block + sinks
-        return keys
-
     def _check(self, trajectory: Trajectory, args: Sequence[Any]) -> None:
         """Compare the first run with the model; a plan that fails is never used."""
-        problem = check_plan(self.programs, self._original, args, trajectory, self.config.buckets)
-        if problem is None:
-            return
+        problem = check_plan(self.programs, self._model, args, trajectory, self.config.buckets)
+        problem = self._anywhere(problem, trajectory.ids.device)
+        if problem is not None:
+            self._refuse_plan(problem)
+
+    def _refuse_plan(self, problem: str) -> None:
+        """Never use the plan again: its first run was wrong."""
         message = f"the plan failed its first-run check: {problem}"
         if self.config.strict:
             raise SelfCheckError(f"focus_compile: {message}.")
@@ -363,3 +402,8 @@ class Dispatcher:
 
     def _refuse(self, reason: str) -> str:
         return refuse(reason, strict=self.config.strict)
+
+
+def _tensors(captured: Capture, positions: Sequence[int]) -> list[int]:
+    """Those of the inputs at `positions` that are tensors."""
+    return [at for at in positions if isinstance(captured.values[at], Tensor)]

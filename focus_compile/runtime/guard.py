@@ -71,8 +71,12 @@ def why_not_continued(same_weights: bool, flags: Flags) -> str | None:
         return "the weights changed"
     if not flags.same_inputs:
         return "another input changed"
-    if not flags.decoded_only:
+    if not flags.in_response:
+        return "ids changed before the response"
+    if not flags.mostly_kept:
         return "ids changed other than from mask to token"
+    if flags.fits_other:
+        return "ids go on from an earlier call than the last"
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -30,6 +30,12 @@ class MemoryPlan:
     def total(self) -> int:
         """All of it."""
         return self.kv + self.summaries + self.logits + self.weights
+
+    def to_dict(self) -> dict[str, int]:
+        """Bytes by what they hold."""
+        sizes = asdict(self)
+        del sizes["all_logits"]
+        return sizes
 
     def why_no_room(self, device: torch.device) -> str | None:
         """None where the device has the memory, else what is missing and what to change."""

@@ -25,6 +25,12 @@ class Flags(NamedTuple):
     """Whether the other inputs are those of the trajectory."""
     decoded_only: int
     """Whether ids changed only from mask to token."""
+    in_response: int
+    """Whether ids changed only where the response is."""
+    mostly_kept: int
+    """Whether at most half of the tokens decided there changed."""
+    fits_other: int
+    """Whether ids go on with fewer changes from the trajectory that this one replaced."""
     entered: int
     """Whether a sequence's first mask is in another block than at the last refresh."""
     largest: int
@@ -35,6 +41,8 @@ class Flags(NamedTuple):
     """Positions decided since the last call."""
     predicted: int
     """Those of them that the last step's focus rows had predicted."""
+    differ: int = 0
+    """Of a model that is split over ranks: in what these differ (`distributed/agreement.py`)."""
 
 
 def observe(
@@ -43,36 +51,73 @@ def observe(
     """Compare `trajectory.incoming` with its ids, and let the policy select rows.
 
     Leaves the active set, at least one row per sequence and always the changed rows, in
-    `trajectory.active`, and the focus set in `trajectory.focus`. Returns `Flags`, int64 [8].
+    `trajectory.active`, the focus rows in `trajectory.focus`, and the positions that they score in
+    `trajectory.foreseen`. Returns `Flags` but for the last, int64 [11].
     """
     t = trajectory
     masked = t.incoming.eq(mask_token_id)
     changed = t.ids.ne(t.incoming)
-    decoded_only = t.ids.eq(mask_token_id).logical_or_(changed.logical_not()).all()
+    response = t.blocks.in_response(masked)
+    decided = t.ids.ne(mask_token_id)
+    edited = changed & decided
+    since_other = t.other.ne(t.incoming)
+    from_other = (since_other & t.other.ne(mask_token_id)).any().logical_not_()
     block = t.blocks.current(masked)
     entered = ((block != t.refreshed_at) & (block >= 0)).any()
+    shifted = _row_before_scores(t, changed & ~decided)
     view = StepView(
         masked=masked,
         changed=changed,
-        confidence=t.confidence,
+        confidence=torch.where(shifted, _of_row_before(t.confidence), t.confidence),
         block=block,
         block_start=t.blocks.start_of(block),
         block_length=block_length,
     )
     selection = policy.select(view)
-    active = selection.active | changed
+    focus = torch.where(shifted, _rows_before(selection.focus), selection.focus)
+    active = selection.active | changed | focus
     active[:, -1] |= ~active.any(1)
     t.active.copy_(active)
-    t.focus.copy_(selection.focus)
+    t.focus.copy_(focus)
+    t.foreseen.copy_(selection.focus)
     per_sequence = active.sum(1)
     flags: dict[str, Tensor] = {
         "masked": masked.any(),
         "same_inputs": t.same_inputs,
-        "decoded_only": decoded_only,
+        "decoded_only": edited.any().logical_not_(),
+        "in_response": (changed & ~response).any().logical_not_(),
+        "mostly_kept": 2 * edited.sum() <= (decided & response).sum(),
+        "fits_other": from_other & (since_other.sum() < changed.sum()),
         "entered": entered,
         "largest": per_sequence.max(),
         "rows": per_sequence.sum(),
         "decided": changed.sum(),
         "predicted": (changed & t.predicted).sum(),
     }
-    return torch.stack([flags[name].to(torch.int64) for name in Flags._fields])
+    return torch.stack([flags[name].to(torch.int64) for name in Flags._fields[:-1]])
+
+
+def _row_before_scores(t: Trajectory, decoded: Tensor) -> Tensor:
+    """Whether a position's score lies in the row before it, bool []; by the `decoded` positions,
+    bool [batch, length], and those of earlier calls.
+
+    So it is where a loop shifts the logits right by one, as Dream's does: then most positions were
+    decided as the row before had it, and more than as their own row had it.
+    """
+    own = decoded & t.best.eq(t.incoming)
+    before = decoded & _of_row_before(t.best).eq(t.incoming)
+    counts = torch.stack([own.sum(), before.sum(), decoded.sum()])
+    t.scored.copy_(t.scored_before + counts)
+    return (t.scored[1] > t.scored[0]) & (2 * t.scored[1] > t.scored[2])
+
+
+def _of_row_before(values: Tensor) -> Tensor:
+    """At each position the value [batch, length] of the row before; the first row is its own."""
+    return torch.cat([values[:, :1], values[:, :-1]], 1)
+
+
+def _rows_before(positions: Tensor) -> Tensor:
+    """The rows that score bool [batch, length] positions, where the row before does."""
+    rows = torch.nn.functional.pad(positions[:, 1:], (0, 1))
+    rows[:, 0] |= positions[:, 0]
+    return rows

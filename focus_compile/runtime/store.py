@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from focus_compile.runtime.continuity import Continuity
+from focus_compile.runtime.quality_guard import QualityGuard
 from focus_compile.runtime.trajectory import OwnedTrajectory
 
 __all__ = ["STORE", "Slot", "TrajectoryStore"]
@@ -19,10 +21,13 @@ __all__ = ["STORE", "Slot", "TrajectoryStore"]
 
 @dataclass
 class Slot:
-    """The one trajectory of a model, and the lock that a call holds while it uses it."""
+    """The one trajectory of a model, what its calls were like so far and how well steps answered
+    them, and the lock that a call holds while it uses these."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     trajectory: OwnedTrajectory | None = None
+    continuity: Continuity = field(default_factory=Continuity)
+    guard: QualityGuard = field(default_factory=QualityGuard)
 
 
 class TrajectoryStore:
@@ -40,11 +45,22 @@ class TrajectoryStore:
                 found = self._slots.setdefault(weight, Slot())
         return found
 
+    def guard(self, weight: Tensor) -> QualityGuard:
+        """How well steps of the model whose first weight this is answered."""
+        found = self._slots.get(weight)
+        return QualityGuard() if found is None else found.guard
+
+    def continuity(self, weight: Tensor) -> Continuity:
+        """What the calls of the model whose first weight this is were like."""
+        found = self._slots.get(weight)
+        return Continuity() if found is None else found.continuity
+
     def clear(self) -> None:
-        """Free every trajectory."""
+        """Free every trajectory, and forget what calls were like."""
         with self._lock:
             for slot in list(self._slots.values()):
-                slot.trajectory = None
+                slot.trajectory, slot.continuity = None, Continuity()
+                slot.guard = QualityGuard()
 
     @property
     def nbytes(self) -> int:

@@ -1,5 +1,9 @@
 """`attention` and `attention_with_lse` on CUDA: split over the keys, or torch's SDPA."""
 
+import contextlib
+from collections.abc import Iterator
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,7 +19,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     """See op.py."""
     if q.shape[2] <= MANY_ROWS:
         return attend(q, k, v, mask, scale)
-    with sdpa_kernel(_backends(q), set_priority=True):
+    with fastest_sdpa(q.device):
         out = cpu.attention(q, k, v, mask, scale)
     if mask is None:
         return out
@@ -31,9 +35,22 @@ def attention_with_lse(
     return attend(q, k, v, mask, scale, lse=lse), lse
 
 
-def _backends(q: Tensor) -> list[SDPBackend]:
-    """Fastest first; cuDNN's kernels for Hopper are half as fast again as flash attention 2."""
-    flash = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    if q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0):
-        return [SDPBackend.CUDNN_ATTENTION, *flash]
-    return flash
+@contextlib.contextmanager
+def fastest_sdpa(device: torch.device) -> Iterator[None]:
+    """torch's SDPA with its backends by speed; cuDNN's kernels for Hopper are half as fast again as
+    flash attention 2. Other attention of the process is left as it was."""
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if device.type == "cuda":
+        _let_torch_decide(device)
+        if torch.cuda.get_device_capability(device) >= (9, 0):
+            backends.insert(0, SDPBackend.CUDNN_ATTENTION)
+    with sdpa_kernel(backends, set_priority=True):
+        yield
+
+
+@cache
+def _let_torch_decide(device: torch.device) -> None:
+    """Have torch settle its own order of backends, which it does in the process's first attention:
+    `sdpa_kernel` would restore the unsettled one, without cuDNN in front, for good."""
+    row = torch.zeros((1, 1, 1, 64), dtype=torch.bfloat16, device=device)
+    torch._fused_sdp_choice(row, row, row)

@@ -8,7 +8,16 @@ def select_blocks(
     q: Tensor, weight: Tensor, summaries: Tensor, candidates: Tensor, keep: Tensor
 ) -> Tensor:
     """See op.py."""
-    scores = relevance(q, weight, summaries)
+    return keep_blocks(relevance(q, weight, summaries), candidates, keep)
+
+
+def block_relevance(q: Tensor, weight: Tensor, summaries: Tensor) -> Tensor:
+    """See op.py."""
+    return relevance(q, weight, summaries).float()
+
+
+def keep_blocks(scores: Tensor, candidates: Tensor, keep: Tensor) -> Tensor:
+    """See op.py."""
     kept = candidates.new_full(scores.shape, -1)
     for b, (limit, count) in enumerate(zip(candidates.tolist(), keep.tolist(), strict=True)):
         chosen = highest(scores[b, :limit], count)

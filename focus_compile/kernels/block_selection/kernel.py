@@ -29,6 +29,25 @@ def select_blocks(
         return choose_highest(parts, candidates, keep, blocks)
 
 
+def block_relevance(q: Tensor, weight: Tensor, summaries: Tensor) -> Tensor:
+    """See op.py."""
+    batch, kv_heads, blocks, _ = summaries.shape
+    parts = torch.empty((batch, kv_heads, blocks), dtype=torch.float32, device=q.device)
+    if batch and blocks:
+        with torch.cuda.device_of(q):
+            score(q, weight, summaries, parts)
+    return parts.sum(1)
+
+
+def keep_blocks(relevance: Tensor, candidates: Tensor, keep: Tensor) -> Tensor:
+    """See op.py."""
+    batch, blocks = relevance.shape
+    if batch == 0 or blocks == 0:
+        return candidates.new_empty((batch, blocks))
+    with torch.cuda.device_of(relevance):
+        return choose_highest(relevance.contiguous()[:, None], candidates, keep, blocks)
+
+
 def score(
     q: Tensor, weight: Tensor, summaries: Tensor, parts: Tensor, slot: Tensor | None = None
 ) -> None:

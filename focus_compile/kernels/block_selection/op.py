@@ -1,4 +1,8 @@
-"""The prompt blocks that a sparse layer keeps, chosen by the focus rows' queries."""
+"""The prompt blocks that a sparse layer keeps, chosen by the focus rows' queries.
+
+Where heads are spread over ranks, `block_relevance` is what each knows, and `keep_blocks` chooses
+by the sum.
+"""
 
 import torch
 from torch import Tensor
@@ -41,8 +45,47 @@ def select_blocks(
     return out
 
 
+def block_relevance(q: Tensor, weight: Tensor, summaries: Tensor) -> Tensor:
+    """What `select_blocks` ranks blocks by, up to a factor that all blocks of a sequence share.
+
+    Returns:
+        [B, NB] float32: sum_r weight[b, r] * sum_h q[b, h, r] . summaries[b, h // g, j].
+
+    Raises:
+        ValueError, TypeError: as `select_blocks`.
+    """
+    _check_queries("block_relevance", q, weight, summaries)
+    out: Tensor = _RELEVANCE(q, weight, summaries)
+    return out
+
+
+def keep_blocks(relevance: Tensor, candidates: Tensor, keep: Tensor) -> Tensor:
+    """The second half of `select_blocks`: ids [B, NB] int64 by relevance [B, NB] float32.
+
+    Raises:
+        ValueError, TypeError: as `select_blocks`.
+    """
+    _check_choice(relevance, candidates, keep)
+    out: Tensor = _KEEP(relevance, candidates, keep)
+    return out
+
+
 def _check(q: Tensor, weight: Tensor, summaries: Tensor, candidates: Tensor, keep: Tensor) -> None:
     op = "select_blocks"
+    _check_queries(op, q, weight, summaries)
+    check_index(op, "candidates", candidates, q.shape[0], dim=1)
+    check_index(op, "keep", keep, q.shape[0], dim=1)
+
+
+def _check_choice(relevance: Tensor, candidates: Tensor, keep: Tensor) -> None:
+    op = "keep_blocks"
+    check(relevance.dim() == 2, op, "relevance must have 2 axes")
+    check_dtype(relevance.dtype == torch.float32, op, "relevance must be float32")
+    check_index(op, "candidates", candidates, relevance.shape[0], dim=1)
+    check_index(op, "keep", keep, relevance.shape[0], dim=1)
+
+
+def _check_queries(op: str, q: Tensor, weight: Tensor, summaries: Tensor) -> None:
     check(q.dim() == summaries.dim() == 4, op, "q and summaries must have 4 axes")
     check(q.shape[0] == summaries.shape[0], op, "q and summaries differ in batch size")
     widths = (q.shape[3], 2 * q.shape[3])
@@ -60,8 +103,6 @@ def _check(q: Tensor, weight: Tensor, summaries: Tensor, candidates: Tensor, kee
     check_dtype(q.is_floating_point(), op, "q must be floating point")
     check_dtype(q.dtype == summaries.dtype, op, "q and summaries differ in dtype")
     check_dtype(weight.is_floating_point(), op, "weight must be floating point")
-    check_index(op, "candidates", candidates, q.shape[0], dim=1)
-    check_index(op, "keep", keep, q.shape[0], dim=1)
 
 
 def _fake(q: Tensor, weight: Tensor, summaries: Tensor, candidates: Tensor, keep: Tensor) -> Tensor:
@@ -75,5 +116,32 @@ _OP = define_op(
     " -> Tensor",
     folder="block_selection",
     fake=_fake,
+    kernel=True,
+)
+
+
+def _fake_relevance(q: Tensor, weight: Tensor, summaries: Tensor) -> Tensor:
+    _check_queries("block_relevance", q, weight, summaries)
+    shape = (summaries.shape[0], summaries.shape[2])
+    return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+
+_RELEVANCE = define_op(
+    "block_relevance(Tensor q, Tensor weight, Tensor summaries) -> Tensor",
+    folder="block_selection",
+    fake=_fake_relevance,
+    kernel=True,
+)
+
+
+def _fake_keep(relevance: Tensor, candidates: Tensor, keep: Tensor) -> Tensor:
+    _check_choice(relevance, candidates, keep)
+    return torch.empty(relevance.shape, dtype=torch.int64, device=relevance.device)
+
+
+_KEEP = define_op(
+    "keep_blocks(Tensor relevance, Tensor candidates, Tensor keep) -> Tensor",
+    folder="block_selection",
+    fake=_fake_keep,
     kernel=True,
 )

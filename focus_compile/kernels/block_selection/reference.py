@@ -12,9 +12,19 @@ def select_blocks(
     q: Tensor, weight: Tensor, summaries: Tensor, candidates: Tensor, keep: Tensor
 ) -> Tensor:
     """See op.py."""
-    scores = relevance(q, weight, summaries)
+    return keep_blocks(relevance(q, weight, summaries), candidates, keep)
+
+
+def block_relevance(q: Tensor, weight: Tensor, summaries: Tensor) -> Tensor:
+    """See op.py: without the mean's divisor."""
+    total = weight.double().sum(1, keepdim=True) * q.shape[1]
+    return (relevance(q, weight, summaries) * total).float()
+
+
+def keep_blocks(scores: Tensor, candidates: Tensor, keep: Tensor) -> Tensor:
+    """See op.py."""
     kept = torch.full_like(scores, -1, dtype=torch.int64)
-    for b in range(q.shape[0]):
+    for b in range(scores.shape[0]):
         limit = min(int(candidates[b]), scores.shape[1])
         chosen = highest(scores[b, :limit].tolist(), int(keep[b]))
         kept[b, : len(chosen)] = torch.tensor(chosen, dtype=torch.int64)

@@ -38,6 +38,11 @@ def block_summaries(k: Tensor, key_block: int, kind: str) -> Tensor:
     return out
 
 
+def summary_width(head_dim: int, kind: str) -> int:
+    """Numbers that summarise the keys of one block and head."""
+    return head_dim * (2 if kind == "bound" else 1)
+
+
 def _check(k: Tensor, key_block: int, kind: str) -> None:
     check(kind in KINDS, "block_summaries", f"kind must be one of {KINDS}")
     check(k.dim() == 4, "block_summaries", "k must have 4 axes")
@@ -48,7 +53,7 @@ def _check(k: Tensor, key_block: int, kind: str) -> None:
 def _fake(k: Tensor, key_block: int, kind: str) -> Tensor:
     _check(k, key_block, kind)
     batch, heads, length, width = k.shape
-    shape = (batch, heads, length // key_block, width * (2 if kind == "bound" else 1))
+    shape = (batch, heads, length // key_block, summary_width(width, kind))
     return torch.empty(shape, dtype=k.dtype, device=k.device)
 
 

@@ -19,16 +19,49 @@ def capture_sinks(
     scale: float,
 ) -> Tensor:
     """See op.py."""
-    sinks = limit.new_full((q.shape[0], count), -1)
-    if mask is not None:
-        mask = mask.expand(*q.shape[:3], k.shape[2])
+    return keep_sinks(_received(q, k, lse, weight, mask, limit, scale), limit, count)
+
+
+def sink_scores(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    limit: Tensor,
+    scale: float,
+) -> Tensor:
+    """See op.py."""
+    return _received(q, k, lse, weight, mask, limit, scale).float()
+
+
+def keep_sinks(scores: Tensor, limit: Tensor, count: int) -> Tensor:
+    """See op.py."""
+    sinks = limit.new_full((scores.shape[0], count), -1)
     for b, end in enumerate(limit.tolist()):
-        received = attention_received(
-            q[b], k[b], lse[b], weight[b], None if mask is None else mask[b], scale
-        )
-        chosen = highest(received[:end], count)
+        chosen = highest(scores[b, :end], count)
         sinks[b, : chosen.shape[0]] = chosen
     return sinks
+
+
+def _received(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    limit: Tensor,
+    scale: float,
+) -> Tensor:
+    """`attention_received` by sequence, [B, T]."""
+    if mask is not None:
+        mask = mask.expand(*q.shape[:3], k.shape[2])
+    precise = torch.promote_types(q.dtype, torch.float32)
+    received = torch.empty((q.shape[0], k.shape[2]), dtype=precise, device=q.device)
+    for b in range(limit.shape[0]):
+        seen = None if mask is None else mask[b]
+        received[b] = attention_received(q[b], k[b], lse[b], weight[b], seen, scale)
+    return received
 
 
 def attention_received(

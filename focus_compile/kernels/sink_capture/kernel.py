@@ -35,6 +35,31 @@ def capture_sinks(
         return choose_highest(parts, limit, count, count)
 
 
+def sink_scores(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    limit: Tensor,
+    scale: float,
+) -> Tensor:
+    """See op.py."""
+    if k.shape[0] == 0 or k.shape[2] == 0:
+        return torch.zeros((k.shape[0], k.shape[2]), dtype=torch.float32, device=q.device)
+    with torch.cuda.device_of(q):
+        return attention_received(q, k, lse, weight, mask, limit, scale).sum(1)
+
+
+def keep_sinks(scores: Tensor, limit: Tensor, count: int) -> Tensor:
+    """See op.py."""
+    batch, length = scores.shape
+    if batch == 0 or length == 0 or count == 0:
+        return limit.new_full((batch, count), -1)
+    with torch.cuda.device_of(scores):
+        return choose_highest(scores.contiguous()[:, None], limit, count, count)
+
+
 def attention_received(
     q: Tensor,
     k: Tensor,

@@ -1,4 +1,8 @@
-"""The prompt tokens that draw the most attention: the sinks."""
+"""The prompt tokens that draw the most attention: the sinks.
+
+Where heads are spread over ranks, `sink_scores` is what each knows, and `keep_sinks` chooses by the
+sum.
+"""
 
 import torch
 from torch import Tensor
@@ -52,21 +56,62 @@ def capture_sinks(
         ValueError: shapes that do not fit together, or count < 0.
         TypeError: dtypes that differ, a limit that is not int64, a mask neither bool nor floating.
     """
-    _check(q, k, lse, weight, mask, limit, count)
+    _check("capture_sinks", q, k, lse, weight, mask, limit)
+    check(count >= 0, "capture_sinks", "count must not be negative")
     out: Tensor = _OP(q, k, lse, weight, mask, limit, count, scale)
     return out
 
 
-def _check(
+def sink_scores(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
     weight: Tensor,
     mask: Tensor | None,
     limit: Tensor,
-    count: int,
+    scale: float,
+) -> Tensor:
+    """What `capture_sinks` ranks positions by, up to a factor that all of a sequence share.
+
+    Returns:
+        [B, T] float32: sum_r weight[b, r] * sum_h p[b, h, r, t]; at limit[b] and beyond anything.
+
+    Raises:
+        ValueError, TypeError: as `capture_sinks`.
+    """
+    _check("sink_scores", q, k, lse, weight, mask, limit)
+    out: Tensor = _SCORES(q, k, lse, weight, mask, limit, scale)
+    return out
+
+
+def keep_sinks(scores: Tensor, limit: Tensor, count: int) -> Tensor:
+    """The second half of `capture_sinks`: positions [B, count] int64 by scores [B, T] float32.
+
+    Raises:
+        ValueError, TypeError: as `capture_sinks`.
+    """
+    _check_choice(scores, limit, count)
+    out: Tensor = _KEEP(scores, limit, count)
+    return out
+
+
+def _check_choice(scores: Tensor, limit: Tensor, count: int) -> None:
+    op = "keep_sinks"
+    check(scores.dim() == 2, op, "scores must have 2 axes")
+    check_dtype(scores.dtype == torch.float32, op, "scores must be float32")
+    check_index(op, "limit", limit, scores.shape[0], dim=1)
+    check(count >= 0, op, "count must not be negative")
+
+
+def _check(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    limit: Tensor,
 ) -> None:
-    op = "capture_sinks"
     check_attention_inputs(op, q, k, k, mask)
     check(lse.dim() == 3, op, "lse must have 3 axes")
     check(lse.shape[0] == q.shape[0], op, "lse and q differ in batch size")
@@ -78,7 +123,6 @@ def _check(
     check(weight.shape[1] == q.shape[2], op, "weight and q differ in rows")
     check_dtype(weight.is_floating_point(), op, "weight must be floating point")
     check_index(op, "limit", limit, q.shape[0], dim=1)
-    check(count >= 0, op, "count must not be negative")
 
 
 def _fake(
@@ -91,7 +135,8 @@ def _fake(
     count: int,
     scale: float,
 ) -> Tensor:
-    _check(q, k, lse, weight, mask, limit, count)
+    _check("capture_sinks", q, k, lse, weight, mask, limit)
+    check(count >= 0, "capture_sinks", "count must not be negative")
     return torch.empty((q.shape[0], count), dtype=torch.int64, device=q.device)
 
 
@@ -100,5 +145,40 @@ _OP = define_op(
     " int count, float scale) -> Tensor",
     folder="sink_capture",
     fake=_fake,
+    kernel=True,
+)
+
+
+def _fake_scores(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    limit: Tensor,
+    scale: float,
+) -> Tensor:
+    _check("sink_scores", q, k, lse, weight, mask, limit)
+    return torch.empty((q.shape[0], k.shape[2]), dtype=torch.float32, device=q.device)
+
+
+_SCORES = define_op(
+    "sink_scores(Tensor q, Tensor k, Tensor lse, Tensor weight, Tensor? mask, Tensor limit,"
+    " float scale) -> Tensor",
+    folder="sink_capture",
+    fake=_fake_scores,
+    kernel=True,
+)
+
+
+def _fake_keep(scores: Tensor, limit: Tensor, count: int) -> Tensor:
+    _check_choice(scores, limit, count)
+    return torch.empty((scores.shape[0], count), dtype=torch.int64, device=scores.device)
+
+
+_KEEP = define_op(
+    "keep_sinks(Tensor scores, Tensor limit, int count) -> Tensor",
+    folder="sink_capture",
+    fake=_fake_keep,
     kernel=True,
 )

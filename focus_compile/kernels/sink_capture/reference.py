@@ -20,9 +20,27 @@ def capture_sinks(
     scale: float,
 ) -> Tensor:
     """See op.py."""
-    scores = attention_received(q, k, lse, weight, mask, scale)
-    sinks = torch.full((q.shape[0], count), -1, dtype=torch.int64, device=q.device)
-    for b in range(q.shape[0]):
+    return keep_sinks(attention_received(q, k, lse, weight, mask, scale), limit, count)
+
+
+def sink_scores(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    limit: Tensor,
+    scale: float,
+) -> Tensor:
+    """See op.py: without the mean's divisor."""
+    total = weight.double().sum(1, keepdim=True) * q.shape[1]
+    return (attention_received(q, k, lse, weight, mask, scale) * total).float()
+
+
+def keep_sinks(scores: Tensor, limit: Tensor, count: int) -> Tensor:
+    """See op.py."""
+    sinks = torch.full((scores.shape[0], count), -1, dtype=torch.int64, device=scores.device)
+    for b in range(scores.shape[0]):
         chosen = highest(scores[b, : int(limit[b])].tolist(), count)
         sinks[b, : len(chosen)] = torch.tensor(chosen, dtype=torch.int64)
     return sinks

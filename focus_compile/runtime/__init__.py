@@ -1,0 +1,1 @@
+"""What a call runs: dispatch, the guard, trajectories, and what is kept of them."""

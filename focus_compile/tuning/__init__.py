@@ -1,0 +1,1 @@
+"""The search for the cheapest options whose answers agree with the dense loop's."""
