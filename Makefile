@@ -1,7 +1,10 @@
 # make setup   an environment in .venv with torch and this package
 # make demo    dense against focus on the bundled model; POLICY=focus-evict: on the block model
 # make test    every test that needs no GPU
+# make test-all  these, lm-eval, the report in a browser, and whole commands on the bundled models
 # make lint    ruff and mypy
+# make docs    the site in build/site, every link checked
+# make release the source archive and the wheel in dist/, tried in an empty environment
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -16,7 +19,7 @@ DEMO_FLAGS ?=
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.focus-compile-installed
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test test-all lint format docs release clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -34,6 +37,10 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
+test-all: setup
+	$(BIN)/python -m pip install -q -e '.[dev,integrations]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not gpu and not release"
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,6 +49,12 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup
+	$(BIN)/python -m mkdocs build --strict
+
+release: setup
+	TORCH="$(TORCH)" .ci/check_release $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

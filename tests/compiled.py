@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 
@@ -16,7 +17,7 @@ from focus_compile.fallback import FocusWarning
 from focus_compile.runtime.programs import Programs
 from tests.models.network import logits_of
 
-__all__ = ["SeenStep", "compiled", "run_call", "seen_steps"]
+__all__ = ["SeenStep", "compiled", "run_call", "seen_steps", "shared_graphs"]
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:
@@ -26,6 +27,23 @@ def compiled(model: nn.Module, **options: Any) -> Any:
     dynamic = options.pop("dynamic", False)
     defaults = {"lowering": "eager", "dense_if_faster": False}
     return focus_compile.compile(model, **(defaults | options), dynamic=dynamic)
+
+
+@contextmanager
+def shared_graphs(recompile_limit: int) -> Iterator[None]:
+    """One thread, as tensors of tests only wait for a second one, and graphs that all tests inside
+    share, not verified anew."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.compiler.reset()
+    with (
+        torch._dynamo.config.patch(recompile_limit=recompile_limit),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("FOCUS_COMPILE_VERIFY", "0")
+        yield
+    torch.compiler.reset()
+    torch.set_num_threads(threads)
 
 
 def run_call(model: Any, ids: Tensor, **inputs: Any) -> tuple[Tensor, focus_compile.StepRecord]:
@@ -53,8 +71,17 @@ def seen_steps() -> Iterator[list[SeenStep]]:
     seen: list[SeenStep] = []
     original = Programs.run_step
 
-    def run_step(self: Programs, args: Any, active: Any, candidates: Any, keep: Any, state: Any):
-        watcher = _Watcher(self.step.graph)
+    def run_step(
+        self: Programs,
+        args: Any,
+        active: Any,
+        candidates: Any,
+        keep: Any,
+        state: Any,
+        again: bool = False,
+    ):
+        program = self.again if again and self.again is not None else self.step
+        watcher = _Watcher(program.graph)
         given = (active.rows, active.row_weight, active.focus_weight, candidates, keep)
         result = watcher.run(*args, *given, *state)
         ids = args[self.plan.ids.position]
@@ -75,12 +102,10 @@ class _Watcher(fx.Interpreter):
         self.sinks: Tensor | None = None
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        result = super().call_function(target, args, kwargs)
-        if target is torch.ops.focus_compile.select_blocks.default:
-            self.blocks.append(result)
-        if target is torch.ops.focus_compile.capture_sinks.default:
-            self.sinks = result
-        return result
+        if target is torch.ops.focus_compile.sparse_attention.default:
+            self.blocks.append(args[3])
+            self.sinks = args[4]
+        return super().call_function(target, args, kwargs)
 
 
 def _describe(

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from focus_compile.demo.arms import Arm
-
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+
+from focus_compile.demo.arms import Arm
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from focus_compile.backend import BackendCall
+from focus_compile.backend import BackendCall, trace_past_logging
 from focus_compile.capture import Capture, capture
 from focus_compile.config import FocusConfig
 from focus_compile.pipeline import build_programs
@@ -58,6 +58,7 @@ def trace(
     dynamic_length: T is a symbol, so that calls of other lengths share the graph.
     """
     torch._dynamo.reset()
+    trace_past_logging()
     chosen = {"mask_token_id": 39, "lowering": "eager", "key_block": 2} | (options or {})
     config = FocusConfig.from_options(chosen)
     graphs: list[TracedGraph] = []

@@ -43,6 +43,7 @@ class Settings:
     key_block: int = 32
     block_summary: str = "bound"
     refresh: str | int = "block"
+    list_reuse: int = 1
     buckets: tuple[int, ...] | None = None
     strict: bool = False
     dryrun: bool = False
@@ -63,7 +64,7 @@ class Result:
     active: Tensor
     """bool [B, T]: rows computed in this call (all, unless it is a step)."""
     focus: Tensor
-    """bool [B, T]: rows predicted to decode (none, unless it is a step)."""
+    """bool [B, T]: rows that score positions predicted to decode (none, unless it is a step)."""
     sinks: list[set[int]]
     """Per sequence, the sink positions that this step's sparse sites read."""
     keys: list[list[list[int]]]
@@ -86,9 +87,23 @@ class State:
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
     refreshed_blocks: list[int | None] = field(default_factory=list)
     calls_since_refresh: int = 0
+    scored: list[int] = field(default_factory=lambda: [0, 0, 0])
+    """Of the positions decided so far: decided as their own row's latest logits had it, as those of
+    the row before had it, and all."""
+    tie: float = math.inf
+    """How close another token came to being the best of a row that this call's count looks at."""
+    fresh: bool = True
+    """No step yet since the refresh."""
+    first_masks: list[int] = field(default_factory=list)
+    other: Tensor | None = None
+    """Ids of the last call of the trajectory that this one replaced."""
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
     summaries: dict[int, Tensor] = field(default_factory=dict)
+    chosen: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    """Key blocks that sparse sites read, by site and sequence, chosen by an earlier step."""
+    sinks: list[set[int]] = field(default_factory=list)
+    steps_on_lists: int = 0
 
 
 @dataclass
@@ -115,12 +130,21 @@ class Oracle:
         self.model = model
         self.settings = Settings(**settings)
         self.state: State | None = None
+        self.unread = 0
+        """Refreshes in a row that no call went on from."""
+        self.last: Tensor | None = None
+        """Ids of the last call that ended a trajectory, or ran exactly since calls never continue
+        one another."""
+        self.earlier: Tensor | None = None
+        """The same, one before."""
+        self.broken = False
+        """Whether something that the ids do not show has ended the trajectory."""
 
     def rows_returned(self, program: str) -> int:
         """The first row whose logits the caller gets; earlier ones are zero."""
         if program == "exact" or self.settings.logits == "all" or self.state is None:
             return 0
-        return max(0, min(self.state.response_start) - self.settings.window)
+        return max(0, min(self.state.first_masks) - self.settings.window)
 
     @torch.no_grad()
     def call(self, ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Result:
@@ -129,34 +153,116 @@ class Oracle:
             inputs["attention_mask"] = attention_mask
         if self.settings.policy == "exact" or not self._masked(ids).any():
             return self._exact(ids, inputs)
-        if self.state is None or not self._continues(self.state, ids, inputs):
-            state = State(ids.clone(), _copy(inputs), self._response_start(ids))
-            result = self._refresh(state, ids, inputs)
-            self.state = state
-            return result
-        if self._refresh_is_due(self.state, ids):
-            return self._refresh(self.state, ids, inputs)
-        return self._step(self.state, ids, inputs)
+        state = self.state
+        if state is not None and (self.broken or not self._continues(state, ids, inputs)):
+            self._leave(state.ids)
+            state = None
+        if state is not None:
+            self._count_scores(state, ids)
+        if state is None or self._edited(state, ids).any():
+            return self._start_over(state, ids, inputs)
+        changed = bool((ids != state.ids).any())
+        if changed:
+            self.unread, state.other = 0, None
+        if self._refresh_is_due(state, ids):
+            return self._refresh(state, ids, inputs)
+        if not changed and state.fresh:
+            return self._repeat(state)
+        return self._step(state, ids, inputs)
+
+    def _start_over(self, state: State | None, ids: Tensor, inputs: dict[str, Any]) -> Result:
+        """All rows anew, in the blocks of `state` if it goes on; exactly, after four such calls
+        that nothing continued, until a call only decodes masks of the one before it."""
+        first, other = ids, self.last if self.state is not None and state is None else None
+        self.broken = False
+        if self.unread >= 4:
+            counts = [self._decoded(before, ids) for before in (self.last, self.earlier)]
+            begun = counts[0] > 0 and not 0 <= counts[1] < counts[0]
+            before = self.last
+            self._leave(ids)
+            if before is None or not begun:
+                self.state = None
+                return self._exact(ids, inputs)
+            first = before
+        if state is None:
+            masks = [_first(row) for row in self._masked(first)]
+            start = self._response_start(first)
+            state = State(ids.clone(), _copy(inputs), start, first_masks=masks, other=other)
+        result = self._refresh(state, ids, inputs)
+        self.state = state
+        self.unread += 1
+        return result
+
+    def _leave(self, ids: Tensor) -> None:
+        self.last, self.earlier = ids.clone(), self.last
+
+    def _decoded(self, before: Tensor | None, ids: Tensor) -> int:
+        """Masks of `before` that became tokens; -1 where something else changed as well."""
+        if before is None or before.shape != ids.shape:
+            return -1
+        changed = ids != before
+        return -1 if (changed & ~self._masked(before)).any() else int(changed.sum())
+
+    def _repeat(self, state: State) -> Result:
+        """The same call again, right after a refresh: the same logits, and nothing computed."""
+        state.calls_since_refresh += 1
+        result = self._complete("step", state.ids, state.logits.clone(), sites=0)
+        result.active.zero_()
+        return result
+
+    def _count_scores(self, state: State, ids: Tensor) -> None:
+        """Which row's logits foretold what the loop decided."""
+        state.tie = math.inf
+        decoded = (ids != state.ids) & self._masked(state.ids)
+        for b, p in decoded.nonzero().tolist():
+            token = int(ids[b, p])
+            for at, row in enumerate((p, max(p - 1, 0))):
+                top = state.logits[b, row].topk(2)
+                state.scored[at] += int(top.indices[0] == token)
+                if token in top.indices:
+                    apart = float(top.values[0] - top.values[1])
+                    state.tie = min(state.tie, apart / float(top.values.abs().max()))
+            state.scored[2] += 1
 
     def _masked(self, ids: Tensor) -> Tensor:
         mask = self.settings.mask_token_id
         return torch.zeros_like(ids, dtype=torch.bool) if mask is None else torch.eq(ids, mask)
 
     def _response_start(self, ids: Tensor) -> list[int]:
-        return [_positions(row)[0] if row.any() else len(row) for row in self._masked(ids)]
+        """First masks; but of a sequence that equals the one half a batch away, save that more of
+        it is masked (classifier-free guidance), that one's."""
+        masked, batch = self._masked(ids), len(ids)
+        starts = [_first(row) for row in masked]
+        guided = list(starts)
+        for b in range(batch if batch % 2 == 0 else 0):
+            other = (b + batch // 2) % batch
+            if (masked[b] | (ids[b] == ids[other])).all() and starts[other] > starts[b]:
+                guided[b] = starts[other]
+        return guided
 
     def _continues(self, state: State, ids: Tensor, inputs: dict[str, Any]) -> bool:
+        """Nothing changed before the responses, and at most half of what was decided in them."""
         if ids.shape != state.ids.shape or not _same(inputs, state.inputs):
             return False
-        changed = ids != state.ids
-        return bool((~changed | self._masked(state.ids)).all())
+        if 0 <= self._decoded(state.other, ids) < int((ids != state.ids).sum()):
+            return False
+        decided = 0
+        for b, start in enumerate(state.response_start):
+            if (ids[b, :start] != state.ids[b, :start]).any():
+                return False
+            decided += int((~self._masked(state.ids[b, start:])).sum())
+        return 2 * int(self._edited(state, ids).sum()) <= decided
+
+    def _edited(self, state: State, ids: Tensor) -> Tensor:
+        """Positions whose decided token changed, or was masked again, bool [B, T]."""
+        return (ids != state.ids) & ~self._masked(state.ids)
 
     def _current_block(self, state: State, ids: Tensor) -> list[int | None]:
         """Per sequence, the number of the block of its first masked position; None: finished."""
         length = self.settings.block_length
-        masked = map(_positions, self._masked(ids))
-        pairs = zip(masked, state.response_start, strict=True)
-        return [(at[0] - start) // length if at else None for at, start in pairs]
+        pairs = zip(self._masked(ids), state.response_start, strict=True)
+        masked = [(_positions(row[start:]), start) for row, start in pairs]
+        return [at[0] // length if at else None for at, start in masked]
 
     def _refresh_is_due(self, state: State, ids: Tensor) -> bool:
         if self.settings.refresh == "every-step":
@@ -193,20 +299,27 @@ class Oracle:
             raise ValueError("no attention call was seen: tests/interception.py says how to call")
         state.ids = ids.clone()
         state.refreshed_blocks = self._current_block(state, ids)
-        state.calls_since_refresh = 0
+        state.calls_since_refresh, state.fresh = 0, True
+        state.steps_on_lists = 0
         return self._complete("refresh", ids, state.logits.clone(), sites=len(state.keys))
 
     def _step(self, state: State, ids: Tensor, inputs: dict[str, Any]) -> Result:
         step = self._rows(state, ids)
+        again = 0 < state.steps_on_lists < self.settings.list_reuse
+        if again:
+            step.sinks = state.sinks
+        else:
+            state.chosen.clear()
+        state.steps_on_lists = state.steps_on_lists + 1 if again else 1
         active = step.active[:, None, :, None]
 
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
             site = len(step.keys)
             k = state.keys[site] = torch.where(active, k, state.keys[site])
             v = state.values[site] = torch.where(active, v, state.values[site])
-            if self._region(state, site) == "capture":
+            if self._region(state, site) == "capture" and not again:
                 everything = torch.ones_like(step.active)
-                step.sinks = self._sinks(softmax(q, k, mask, scale, everything), step)
+                step.sinks = state.sinks = self._sinks(softmax(q, k, mask, scale, everything), step)
             allowed = self._allowed(state, step, site, q)
             step.keys.append([_positions(row) for row in allowed])
             probability = softmax(q, k, mask, scale, allowed)
@@ -216,6 +329,7 @@ class Oracle:
         state.logits = torch.where(step.active[..., None], logits, state.logits)
         state.ids = ids.clone()
         state.calls_since_refresh += 1
+        state.fresh = False
         return Result(
             logits=state.logits.clone(),
             program="step",
@@ -249,15 +363,21 @@ class Oracle:
             candidates=[start // self.settings.key_block for start in state.response_start],
             sinks=[set() for _ in ids],
         )
+        step.gaps.append(state.tie)
+        own, before, decided = state.scored
+        shifted = before > own and 2 * before > decided
         for b, block in enumerate(self._current_block(state, ids)):
             changed = _positions(ids[b] != state.ids[b])
             active = set(changed)
             if block is not None:
                 first = state.response_start[b] + block * self.settings.block_length
                 confidence = _confidence(state.logits[b])
+                if shifted:
+                    confidence = torch.cat([confidence[:1], confidence[:-1]])
                 focus, around = self._block_rows(ids[b], first, len(changed), confidence, step)
-                step.focus[b, focus] = True
-                active |= around
+                rows = [max(p - 1, 0) for p in focus] if shifted else focus
+                step.focus[b, rows] = True
+                active |= around | set(rows)
             step.active[b, sorted(active or {ids.shape[1] - 1})] = True
         return step
 
@@ -297,7 +417,10 @@ class Oracle:
         size = self.settings.key_block
         for b, count in enumerate(step.candidates):
             allowed[b, : count * size] = False
-            for j in self._blocks(q[b], state.summaries[site][b], step, b):
+            if (site, b) not in state.chosen:
+                summaries = state.summaries[site][b]
+                state.chosen[site, b] = self._blocks(q[b], summaries, step, b)
+            for j in state.chosen[site, b]:
                 allowed[b, j * size : (j + 1) * size] = True
             allowed[b, sorted(step.sinks[b])] = True
         return allowed
@@ -348,6 +471,11 @@ def _top(scores: dict[int, float], count: int, gaps: list[float]) -> list[int]:
         largest = max(abs(kept), abs(dropped))
         gaps.append((kept - dropped) / largest if largest else 0.0)
     return order[:count]
+
+
+def _first(flags: Tensor) -> int:
+    """The first True position, or the length."""
+    return (_positions(flags) or [len(flags)])[0]
 
 
 def _positions(row: Tensor) -> list[int]:

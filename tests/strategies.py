@@ -145,68 +145,185 @@ class Trajectory:
         return {} if self.attention_mask is None else {"attention_mask": self.attention_mask}
 
 
+@dataclass(frozen=True)
+class TrajectorySpec:
+    """A random trajectory, described: `make` gives its ids.
+
+    Prompts of different lengths, then masks, decided a few a call. Ids are never the pad id except
+    in padding, and the mask id is never decided.
+    """
+
+    length: int
+    prompts: tuple[int, ...]
+    """Tokens of each sequence's prompt, at most `length`."""
+    counts: tuple[tuple[int, ...], ...] = ()
+    """Of every call after the first, how many masks of each sequence were decided before it."""
+    order: str = "random"
+    """Which masks are decided: "random", or the first from the "left" or "right"."""
+    infill: bool = False
+    """Some positions among the masks are decided from the start."""
+    padded: bool = False
+    """Shorter prompts are padded on the left, with an attention mask, so that all responses start
+    together; else shorter prompts have longer responses."""
+    edited: tuple[int, ...] = ()
+    """Calls before which a sequence's first token changes, too."""
+    block_length: int = 0
+    """0: every call is of all positions; else of those up to the end of the first block of so many
+    tokens that has masks."""
+    seed: int = 0
+
+    def make(self, vocab: int, mask_token_id: int, pad_token_id: int) -> Trajectory:
+        batch, length = len(self.prompts), self.length
+        generator = torch.Generator().manual_seed(self.seed)
+        allowed = torch.tensor([i for i in range(vocab) if i not in (pad_token_id, mask_token_id)])
+        truth = allowed[torch.randint(len(allowed), (batch, length), generator=generator)]
+        longest = max(self.prompts)
+        starts = torch.tensor([longest] * batch if self.padded else self.prompts)[:, None]
+        positions = torch.arange(length)[None]
+        masked = positions >= starts
+        if self.infill:
+            masked &= torch.rand(batch, length, generator=generator) < 0.7
+        attention_mask = None
+        if self.padded:
+            real = positions >= starts - torch.tensor(self.prompts).clamp(min=1)[:, None]
+            truth = torch.where(real, truth, pad_token_id)
+            attention_mask = (real | masked).long()
+
+        ids = torch.where(masked, mask_token_id, truth)
+        calls = [self._seen(ids, mask_token_id)]
+        for number, counts in enumerate(self.counts, 1):
+            seen = calls[-1].shape[1]
+            ids = ids.clone()
+            ids[:, :seen] = _decided(
+                ids[:, :seen], truth[:, :seen], mask_token_id, counts, generator, self.order
+            )
+            if number in self.edited:
+                ids[0, 0] = allowed[(ids[0, 0] + 1) % len(allowed)]
+            calls.append(self._seen(ids, mask_token_id))
+        return Trajectory(tuple(calls), mask_token_id, attention_mask)
+
+    def _seen(self, ids: Tensor, mask_token_id: int) -> Tensor:
+        """The positions of a call."""
+        masked = (ids == mask_token_id).any(0)
+        if not self.block_length or not masked.any():
+            return ids
+        block = int(masked.long().argmax()) // self.block_length
+        return ids[:, : (block + 1) * self.block_length]
+
+
+ORDERS = ("random", "left", "right")
+
+
 @st.composite
-def trajectories(
+def trajectory_specs(
     draw: Draw,
-    vocab: int = ModelSpec.vocab,
-    mask_token_id: int | None = None,
-    pad_token_id: int = 0,
     max_batch: int = 3,
     min_length: int = 4,
     max_length: int = 24,
     max_per_step: int = 3,
+    min_calls: int = 1,
     max_calls: int = 8,
+    min_masks: int = 0,
     padded: bool | None = False,
-) -> Trajectory:
-    """Random prompts of different lengths, then masks, decoded in a random order.
+    orders: Sequence[str] = ("random",),
+    edits: bool = False,
+) -> TrajectorySpec:
+    """Trajectories in which each step decides 0 to `max_per_step` masks of each sequence.
 
-    Each step decides 0 to `max_per_step` masked tokens of each sequence; a trajectory may end
-    before all are. Sequences may have no prompt, no masks, or decided tokens among the masks.
-    `padded=True` pads shorter prompts on the left, with an attention mask, so that all responses
-    start together; False lets shorter prompts have longer responses; None draws either. Ids are
-    never the pad id except in padding, and the mask id (vocab - 1 unless given) is never decoded.
+    One may end before all masks are decided. Sequences may have no prompt, no masks unless
+    `min_masks` says so, or decided tokens among the masks. padded: see `TrajectorySpec`; None draws
+    either.
     """
-    mask_id = vocab - 1 if mask_token_id is None else mask_token_id
     batch = draw(st.integers(1, max_batch))
     length = draw(st.integers(min_length, max_length))
-    prompts = draw(st.lists(st.integers(0, length), min_size=batch, max_size=batch))
+    prompt = st.integers(0, max(0, length - min_masks))
+    prompts = draw(st.lists(prompt, min_size=batch, max_size=batch))
     infill = draw(st.booleans())
     pad = draw(st.booleans()) if padded is None else padded
-    generator = torch.Generator().manual_seed(draw(seeds()))
-    allowed = torch.tensor([i for i in range(vocab) if i not in (pad_token_id, mask_id)])
+    seed = draw(seeds())
+    step = st.lists(st.integers(0, max_per_step), min_size=batch, max_size=batch).map(tuple)
+    counts = [draw(step) for _ in range(draw(st.integers(min_calls - 1, max_calls - 1)))]
+    edited = draw(st.lists(st.integers(1, max_calls), max_size=1)) if edits else []
+    order = orders[0] if len(orders) == 1 else draw(st.sampled_from(tuple(orders)))
+    return TrajectorySpec(
+        length, tuple(prompts), tuple(counts), order, infill, pad, tuple(edited), seed=seed
+    )
 
-    truth = allowed[torch.randint(len(allowed), (batch, length), generator=generator)]
-    starts = torch.tensor([max(prompts)] * batch if pad else prompts)[:, None]
-    positions = torch.arange(length)[None]
-    masked = positions >= starts
-    if infill:
-        masked &= torch.rand(batch, length, generator=generator) < 0.7
-    attention_mask = None
-    if pad:
-        real = positions >= starts - torch.tensor(prompts).clamp(min=1)[:, None]
-        truth = torch.where(real, truth, pad_token_id)
-        attention_mask = (real | masked).long()
 
-    ids = torch.where(masked, mask_id, truth)
-    calls = [ids]
-    for _ in range(draw(st.integers(0, max_calls - 1))):
-        counts = draw(st.lists(st.integers(0, max_per_step), min_size=batch, max_size=batch))
-        ids = _decided(ids, truth, mask_id, counts, generator)
-        calls.append(ids)
-    return Trajectory(tuple(calls), mask_id, attention_mask)
+@st.composite
+def growing_specs(draw: Draw, block_length: int, max_batch: int = 2) -> TrajectorySpec:
+    """Trajectories of block diffusion: one to four blocks in which masks are decided, one by one,
+    after a prompt of whole blocks."""
+    batch, blocks = draw(st.integers(1, max_batch)), draw(st.integers(1, 4))
+    prompt = block_length * draw(st.integers(1, 3))
+    step = st.lists(st.integers(0, block_length // 2), min_size=batch, max_size=batch).map(tuple)
+    counts = [draw(step) for _ in range(draw(st.integers(2, 12)))]
+    return TrajectorySpec(
+        prompt + blocks * block_length,
+        (prompt,) * batch,
+        tuple(counts),
+        draw(st.sampled_from(ORDERS)),
+        block_length=block_length,
+        seed=draw(seeds()),
+    )
+
+
+def trajectories(
+    vocab: int = ModelSpec.vocab,
+    mask_token_id: int | None = None,
+    pad_token_id: int = 0,
+    **limits: Any,
+) -> st.SearchStrategy[Trajectory]:
+    """The trajectories of `trajectory_specs(**limits)`; the mask id is vocab - 1 unless given."""
+    mask_id = vocab - 1 if mask_token_id is None else mask_token_id
+    return trajectory_specs(**limits).map(lambda spec: spec.make(vocab, mask_id, pad_token_id))
 
 
 def _decided(
-    ids: Tensor, truth: Tensor, mask_id: int, counts: list[int], generator: torch.Generator
+    ids: Tensor,
+    truth: Tensor,
+    mask_id: int,
+    counts: Sequence[int],
+    generator: torch.Generator,
+    order: str,
 ) -> Tensor:
-    """A copy of ids [B, T] in which counts[b] random masked positions hold the truth."""
+    """A copy of ids [B, T] in which counts[b] masked positions hold the truth."""
     ids = ids.clone()
     for row, answer, count in zip(ids, truth, counts, strict=True):
-        open_positions = (row == mask_id).nonzero()[:, 0]
-        order = torch.randperm(len(open_positions), generator=generator)
-        chosen = open_positions[order[:count]]
+        at = (row == mask_id).nonzero()[:, 0]
+        if order == "random":
+            at = at[torch.randperm(len(at), generator=generator)]
+        elif order == "right":
+            at = at.flip(0)
+        chosen = at[:count]
         row[chosen] = answer[chosen]
     return ids
+
+
+EVERYTHING = {"keep_ratio": 1.0, "window": 4096, "logits": "all"}
+"""Options with which nothing is left out while every sequence has masks."""
+
+
+def policy_options(**fixed: Any) -> st.SearchStrategy[dict[str, Any]]:
+    """Option sets small enough that every rule of the policies shows on 24 tokens."""
+    drawn = {
+        "block_length": st.integers(1, 9),
+        "dense_layers": st.integers(0, 2),
+        "dense_tail_layers": st.integers(0, 1),
+        "expansion": st.integers(1, 3),
+        "window": st.integers(1, 5),
+        "keep_ratio": st.sampled_from([0.0, 0.2, 0.5, 0.8]),
+        "sink_tokens": st.integers(0, 3),
+        "key_block": st.integers(1, 4),
+        "block_summary": st.sampled_from(["bound", "mean"]),
+        "refresh": st.sampled_from(["block", "block", 2, 3]),
+        "list_reuse": st.sampled_from([1, 1, 2, 3]),
+        "logits": st.sampled_from(["all", "response"]),
+        "merge_projections": st.booleans(),
+    }
+    return st.fixed_dictionaries({k: v for k, v in drawn.items() if k not in fixed}).map(
+        lambda chosen: chosen | fixed
+    )
 
 
 class _NoFloat32(TorchDispatchMode):
@@ -262,7 +379,11 @@ def bound_from_float64(model: nn.Module, twin: Float64Twin, ids: Tensor, **input
     """
     with torch.no_grad():
         logits = logits_of(model(ids, **inputs))
-    exact = twin(ids, **inputs)
+    return bound_between(logits, twin(ids, **inputs))
+
+
+def bound_between(logits: Tensor, exact: Tensor) -> float:
+    """`bound_from_float64` of a dense run's logits and the twin's."""
     error = (logits.double() - exact).abs().max().item()
     floor = FLOOR_ULPS * torch.finfo(logits.dtype).eps * exact.abs().max().item()
     return ERROR_MULTIPLE * error + floor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -62,14 +63,24 @@ print(json.dumps([
 def test_the_backend_works_by_name_without_our_import() -> None:
     found = in_a_fresh_process("""
 import json, sys, torch
-from tests.runtime.tiny import tiny_model, prompt
-for name in [m for m in sys.modules if m.startswith("focus_compile")]:
-    del sys.modules[name]
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(24, 16), torch.nn.Linear(16, 24)
+        self.qkv = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, ids):
+        hidden = self.embed(ids)
+        q, k, v = (one(hidden).unflatten(-1, (2, 8)).transpose(1, 2) for one in self.qkv)
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.head(hidden + attended.transpose(1, 2).flatten(2))
+
 model = torch.compile(
-    tiny_model(), backend="focus", options={"mask_token_id": 23, "lowering": "eager"}
+    Model().eval(), backend="focus", options={"mask_token_id": 23, "lowering": "eager"}
 )
 with torch.no_grad():
-    model(prompt())
+    model(torch.tensor([[1, 2, 3, 4, 23, 23, 23, 23]]))
 from focus_compile.runtime.store import STORE
 print(json.dumps([STORE.nbytes > 0, "transformers" in sys.modules]))
 """)
@@ -121,7 +132,7 @@ def test_mode_and_options_together_are_torchs_own_error() -> None:
     [
         ({"options": {"windw": 3}}, "unknown option 'windw'; did you mean 'window'"),
         ({"options": {"window": 0}}, "option window=0 is not valid; expected a whole number >= 1"),
-        ({"mode": "reduce-overhead"}, "unknown mode 'reduce-overhead'; known: block-diffusion"),
+        ({"mode": "dual_cache"}, "unknown mode 'dual_cache'; did you mean 'dual-cache'"),
     ],
 )
 def test_bad_options_are_named_at_the_first_call(arguments: Any, message: str) -> None:
@@ -181,3 +192,45 @@ def test_a_failing_analysis_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
         "the analysis of the graph failed (KeyError: 'a bug'). Please report it; "
         "FOCUS_COMPILE_DUMP=folder writes down what was seen."
     )
+
+
+@pytest.mark.parametrize("mode", ["max-autotune-no-cudagraphs", None])
+def test_torchs_modes_reach_inductor_in_graphs_that_run_exactly(
+    mode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import compile_fx
+
+    seen: list[Any] = []
+
+    def spy(gm: Any, inputs: Any, config_patches: Any) -> Any:
+        seen.append(config_patches)
+        return gm.forward
+
+    monkeypatch.setattr(compile_fx, "compile_fx", spy)
+    model = torch.compile(torch.nn.Linear(4, 4), backend="focus", mode=mode)
+    with torch.no_grad():
+        model(torch.ones(2, 4))
+    assert seen == [torch._inductor.list_mode_options(mode or "default")]
+    assert bool(seen[0]) == (mode is not None)
+
+
+def test_logging_that_is_added_after_the_import_cuts_no_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As `warning_once` of transformers is, which its config's properties call."""
+
+    def once(self: logging.Logger, text: str) -> None:
+        pytest.fail(f"said {text} in a compiled forward")
+
+    monkeypatch.setattr(logging.Logger, "warning_once", once, raising=False)
+    ignored = set(torch._dynamo.config.ignore_logging_functions)
+    log, model = logging.getLogger("any"), tiny_model()
+
+    def call(ids: torch.Tensor) -> Any:
+        log.warning_once("deprecated")  # type: ignore[attr-defined]
+        return model(ids)
+
+    options = {"mask_token_id": MASK, "lowering": "eager", "strict": True, "fullgraph": True}
+    with torch._dynamo.config.patch(ignore_logging_functions=ignored):
+        found = run_call(focus_compile.compile(call, **options), prompt())[1]
+    assert found.program == "refresh"

@@ -22,7 +22,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import focus_compile
 from focus_compile.backend import focus
 from focus_compile.fallback import FocusWarning
-from tests.compiled import run_call
+from tests.compiled import run_call, shared_graphs
 from tests.models import ModelSpec, build, build_stock, logits_of
 from tests.models.network import Dllm
 from tests.oracle import Oracle
@@ -30,15 +30,9 @@ from tests.runtime.tiny import MASK, OPTIONS, SPEC, decided, own_logits, prompt,
 
 
 @pytest.fixture(autouse=True, scope="module")
-def shared_graphs() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.compiler.reset()
-    with torch._dynamo.config.patch(recompile_limit=256), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FOCUS_COMPILE_VERIFY", "0")
+def graphs_of_the_file() -> Iterator[None]:
+    with shared_graphs(recompile_limit=256):
         yield
-    torch.compiler.reset()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import focus_compile
-from focus_compile.config import COMBINED, DEBUG_VARIABLES, POLICIES, FocusConfig, verify_level
+from focus_compile.config import (
+    COMBINED,
+    DEBUG_VARIABLES,
+    POLICIES,
+    TORCH_MODES,
+    FocusConfig,
+    options_from_text,
+    verify_level,
+)
 from focus_compile.errors import OptionError
 from focus_compile.fallback import FocusWarning, forget
 from focus_compile.frontend import options_for
@@ -47,9 +55,14 @@ def test_an_option_like_no_other_lists_them_all() -> None:
         ("policy", "focus", "unknown policy 'focus'; did you mean 'focus-dllm'?"),
         ("policy", 3, "policy=3 is not valid; expected one of focus-dllm, dual-cache"),
         ("refresh", "blocks", "unknown refresh 'blocks'; did you mean 'block'?"),
-        ("refresh", 0, 'expected "block", "every-step" or a number of calls >= 1'),
-        ("refresh", True, 'expected "block", "every-step" or a number of calls >= 1'),
-        ("refresh", 1.5, 'expected "block", "every-step" or a number of calls >= 1'),
+        ("tolerance", -0.1, "a number >= 0"),
+        ("refresh_rows", 1.5, "a share between 0 and 1"),
+        ("max_age", 0, "a whole number >= 1"),
+        ("guard", 2, "a share between 0 and 1"),
+        ("guard_agreement", "high", "a share between 0 and 1"),
+        ("refresh", 0, 'expected "block", "adaptive", "every-step" or a number of calls >= 1'),
+        ("refresh", True, 'expected "block", "adaptive", "every-step" or a number of calls >= 1'),
+        ("refresh", 1.5, 'expected "block", "adaptive", "every-step" or a number of calls >= 1'),
         ("mask_token_id", -1, "expected a whole number >= 0"),
         ("mask_token_id", "[MASK]", "expected a whole number >= 0"),
         ("block_length", 0, "expected a whole number >= 1"),
@@ -197,7 +210,12 @@ def test_modes_are_policies(mode: str) -> None:
     assert FocusConfig.from_options(mode=mode, environment={}).policy == mode
 
 
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "focus_dllm"])
+@pytest.mark.parametrize("mode", TORCH_MODES)
+def test_torchs_modes_choose_no_policy(mode: str) -> None:
+    assert FocusConfig.from_options(mode=mode, environment={}) == FocusConfig()
+
+
+@pytest.mark.parametrize("mode", ["reduce_overhead", "focus_dllm"])
 def test_other_modes(mode: str) -> None:
     with pytest.raises(OptionError, match=f"unknown mode '{mode}'"):
         FocusConfig.from_options(mode=mode, environment={})
@@ -255,3 +273,17 @@ def test_compile_raises_at_once() -> None:
         focus_compile.compile(object(), windw=3)
     with pytest.raises(OptionError, match=r"mode= is torch\.compile's; pass policy='dual-cache'"):
         focus_compile.compile(object(), mode="dual-cache")
+
+
+def test_options_written_as_text() -> None:
+    texts = ["keep-ratio=0.25", "refresh=3", "buckets=32,64", "strict=1", "merge_projections=none"]
+    found = options_from_text(texts)
+    assert found == {
+        "keep_ratio": 0.25,
+        "refresh": 3,
+        "buckets": (32, 64),
+        "strict": True,
+        "merge_projections": None,
+    }
+    FocusConfig.from_options(found)
+    assert options_from_text([]) == {}

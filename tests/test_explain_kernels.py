@@ -70,6 +70,7 @@ def test_what_was_compiled_before_stays(monkeypatch: pytest.MonkeyPatch) -> None
     assert report.graphs[0].launches is None
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_symbolic_lengths_are_listed_too() -> None:
     torch._dynamo.reset()

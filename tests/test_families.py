@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -51,18 +52,16 @@ def families() -> list[Any]:
     return cases
 
 
-@pytest.mark.parametrize(("name", "implementation"), families())
-def test_steps_equal_the_oracle(name: str, implementation: str) -> None:
-    model = build_stock(name, implementation)
-    judged = build_stock(name, "sdpa")
+def assert_follows_oracle(model: nn.Module, judged: nn.Module, **inputs: Any) -> None:
+    """Every call of the trajectory computes what the oracle says, with `judged` as its model."""
     oracle, focus = Oracle(judged, **OPTIONS), compiled(model, **OPTIONS)
     calls = trajectory()
-    bound = 4 * bound_from_float64(judged, float64_twin(judged), calls[0])
+    bound = 4 * bound_from_float64(judged, float64_twin(judged), calls[0], **inputs)
     programs = []
     with seen_steps() as seen:
         for ids in calls:
-            expected = oracle.call(ids)
-            logits, record = run_call(focus, ids)
+            expected = oracle.call(ids, **inputs)
+            logits, record = run_call(focus, ids, **inputs)
             assert record.program == expected.program, record.why
             assert expected.margin > 1e-3, "choose another trajectory: this one is a tie"
             if record.program == "step":
@@ -71,6 +70,11 @@ def test_steps_equal_the_oracle(name: str, implementation: str) -> None:
             assert (logits - expected.logits).abs().max() <= bound
             programs.append(record.program)
     assert programs[:3] == ["refresh", "step", "step"]
+
+
+@pytest.mark.parametrize(("name", "implementation"), families())
+def test_steps_equal_the_oracle(name: str, implementation: str) -> None:
+    assert_follows_oracle(build_stock(name, implementation), build_stock(name, "sdpa"))
 
 
 @pytest.mark.slow
@@ -124,12 +128,11 @@ def plain_call(function: Any, *args: Any, **inputs: Any) -> list[Tensor]:
         output = function(*args, **inputs)
     if isinstance(output, Tensor):
         return [output]
-    return [value for value in output.values() if isinstance(value, Tensor)]
+    values = output.values() if isinstance(output, Mapping) else vars(output).values()
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 CALLS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "labels": ("eurobert", {"labels": torch.full((2, 20), 5)}, "Return logits only (no loss"),
-    "bert labels": ("bert", {"labels": torch.full((2, 20), 5)}, "Return logits only (no loss"),
     "cache": ("llama", {"use_cache": True}, "use_cache=False"),
     "some logits": ("llama", {"logits_to_keep": 3}, "expected [2, 20, ...] with one row a token"),
 }
@@ -139,6 +142,29 @@ CALLS: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_calls_for_more_than_logits_run_exactly(case: str) -> None:
     name, inputs, reason = CALLS[case]
     assert_exact(build_stock(name), trajectory()[0], reason=reason, **inputs)
+
+
+@pytest.mark.parametrize("name", ["eurobert", "bert"])
+def test_a_loss_is_that_of_the_latest_logits(name: str) -> None:
+    """The labels are no part of the model: other ones end no trajectory."""
+    model, ids = build_stock(name), trajectory()[0]
+    focus = torch.compile(
+        model, backend="focus", dynamic=False,
+        options={"mask_token_id": MASK, "lowering": "eager", "block_length": 4},
+    )  # fmt: skip
+    with focus_compile.record() as history:
+        for label in (5, 7):
+            labels = torch.full((2, 20), label)
+            loss, logits = plain_call(focus, ids, labels=labels)
+            expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            torch.testing.assert_close(loss, expected)
+            if label == 5:
+                dense = plain_call(model, ids, labels=labels)
+                torch.testing.assert_close([loss, logits], dense, rtol=1e-5, atol=1e-5)
+            masks = (ids == MASK).nonzero()
+            ids = ids.clone()
+            ids[masks[0][0], masks[0][1]] = 3
+    assert [record.program for record in history] == ["refresh", "step"]
 
 
 def test_hidden_states_are_outputs_like_the_logits() -> None:

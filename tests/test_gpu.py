@@ -6,6 +6,8 @@ pytest -m gpu tests/test_gpu.py
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -122,3 +124,27 @@ def test_a_model_moved_between_devices_starts_anew() -> None:
         second, record = run_call(focus, ids.to(DEVICE))
     assert record.program == "refresh"
     torch.testing.assert_close(second.cpu(), first, rtol=1e-3, atol=1e-3)
+
+
+SETTLES = """
+import torch
+from focus_compile.kernels.attention import kernel
+
+q = torch.randn(1, 2, 1024, 64, device="cuda", dtype=torch.bfloat16)
+if {first}:
+    kernel.attention(q, q, q, None, 0.125)
+torch.nn.functional.scaled_dot_product_attention(q, q, q)
+print(torch._C._get_sdp_priority_order())
+"""
+
+
+def test_other_attention_keeps_torchs_order_of_backends() -> None:
+    """Though ours is the process's first."""
+    orders = [
+        subprocess.run(
+            [sys.executable, "-c", SETTLES.format(first=first)],
+            check=True, capture_output=True, text=True, timeout=300,
+        ).stdout
+        for first in (False, True)
+    ]  # fmt: skip
+    assert orders[0] == orders[1]

@@ -38,7 +38,7 @@ from tests.strategies import (
 VISIBLE = 1e-3
 """Logits have std 2; float32 rounding is below 1e-4, an effect of another token above this."""
 
-quick = settings(max_examples=20, deadline=None)
+quick = settings(max_examples=14, deadline=None)
 
 
 @pytest.fixture(autouse=True, scope="module")

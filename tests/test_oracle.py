@@ -13,7 +13,7 @@ from transformers import EuroBertConfig, EuroBertForMaskedLM
 
 from tests.interception import dense as dense_attention
 from tests.interception import run
-from tests.oracle import Oracle
+from tests.oracle import Oracle, Result
 
 MASK = 3
 PROMPT, RESPONSE = 42, 16
@@ -106,7 +106,7 @@ def test_fresh_keys_equal_dense(policy: str) -> None:
     model, ids = eurobert(), prompt(batch=2)
     oracle = Oracle(model, mask_token_id=MASK, policy=policy, keep_ratio=1.0, key_block=4)
     oracle.call(ids)
-    result = oracle.call(ids)
+    result = stepped(oracle, ids)
     assert result.program == "step"
     assert not result.active.all()
     assert_close(result.logits, dense(model, ids))
@@ -135,7 +135,7 @@ def test_sparse_site_reads_only_its_keys() -> None:
     settings = {"dense_layers": 0, "key_block": 4, "keep_ratio": 0.3, "sink_tokens": 2}
     oracle = Oracle(model, mask_token_id=MASK, **settings)
     oracle.call(ids)
-    result = oracle.call(ids)
+    result = stepped(oracle, ids)
     assert result.keys[0][0] == list(range(len(ids[0])))
     assert result.keys[1][0] != result.keys[0][0]
     states = model(ids, output_hidden_states=True).hidden_states[1]
@@ -179,7 +179,7 @@ def test_sinks_and_blocks_equal_their_equations(block_summary: str) -> None:
     settings = {"dense_layers": 0, "key_block": 4, "keep_ratio": 0.3, "sink_tokens": 4}
     oracle = Oracle(model, mask_token_id=MASK, expansion=2, block_summary=block_summary, **settings)
     oracle.call(ids)
-    result = oracle.call(ids)
+    result = stepped(oracle, ids)
     seen: list[tuple[Tensor, Tensor]] = []
 
     def record(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -215,6 +215,13 @@ class Ladder(nn.Module):
         return spread + self.steepness[:, None] * torch.tensor([1.0, 0.0])
 
 
+def stepped(oracle: Oracle, ids: Tensor) -> Result:
+    """A step of ids that did not change, as if one had come between it and the refresh."""
+    assert oracle.state is not None
+    oracle.state.fresh = False
+    return oracle.call(ids)
+
+
 def rows(flags: Tensor) -> list[int]:
     return flags.nonzero().flatten().tolist()
 
@@ -229,7 +236,7 @@ def test_window_placement(window: int, expected: list[int]) -> None:
     ids = torch.tensor([[5, 5, 5, 5, 5, MASK, MASK, MASK, MASK, MASK, MASK, MASK]])
     oracle = Oracle(model, mask_token_id=MASK, block_length=5, window=window, expansion=2)
     oracle.call(ids)
-    result = oracle.call(ids)
+    result = stepped(oracle, ids)
     assert rows(result.focus[0]) == [6, 8]
     assert rows(result.active[0]) == expected
 
@@ -270,7 +277,7 @@ def test_refresh_follows_blocks_of_unfinished_sequences() -> None:
     assert result.program == "step"
     second = commit(first, 49)
     assert oracle.call(second).program == "refresh"
-    result = oracle.call(second)
+    result = stepped(oracle, second)
     assert result.program == "step"
     assert rows(result.active[1]) == [PROMPT + RESPONSE - 1]
     assert not result.focus[1].any()
@@ -280,6 +287,58 @@ def test_refresh_every_n_calls() -> None:
     oracle = Oracle(eurobert(), mask_token_id=MASK, refresh=3)
     programs = [oracle.call(prompt()).program for _ in range(7)]
     assert programs == ["refresh", "step", "step"] * 2 + ["refresh"]
+
+
+def test_a_repeated_call_gets_what_the_refresh_computed() -> None:
+    oracle, ids = Oracle(eurobert(), mask_token_id=MASK, block_length=8), prompt()
+    first, again = oracle.call(ids), oracle.call(ids)
+    assert (again.program, rows(again.active[0])) == ("step", [])
+    assert torch.equal(again.logits, first.logits)
+    ids = commit(ids, 43)
+    for _ in range(2):
+        assert oracle.call(ids).active.any()
+
+
+def test_edited_tokens_refresh_and_leave_the_blocks_where_they_are() -> None:
+    oracle = Oracle(eurobert(), mask_token_id=MASK, block_length=8)
+    ids = commit(prompt(), 42, 43, 44)
+    for token in (8, MASK):
+        oracle.call(prompt())
+        oracle.call(ids)
+        state, edited = oracle.state, ids.clone()
+        edited[0, 42] = token
+        assert oracle.call(edited).program == "refresh"
+        assert oracle.state is state
+        assert state is not None
+        assert state.response_start == [PROMPT]
+        oracle.state = None
+    oracle.call(prompt())
+    oracle.call(ids)
+    state, most = oracle.state, prompt()
+    most[0, 42] = 9
+    assert oracle.call(most).program == "refresh"
+    assert oracle.state is not state, "two of three taken back: another response"
+
+
+def test_calls_that_nothing_continues_run_exactly_until_two_look_like_a_trajectory() -> None:
+    oracle, ids = Oracle(eurobert(), mask_token_id=MASK), prompt()
+    others = [commit(ids, at) for at in range(42, 50)]
+    programs = [oracle.call(other).program for other in others]
+    assert programs == ["refresh"] * 4 + ["exact"] * 4
+    assert oracle.call(commit(others[-1], 50)).program == "refresh"
+    assert oracle.call(commit(others[-1], 50, 51)).program == "step"
+    assert oracle.call(ids).program == "refresh"
+
+
+def test_a_guided_sequence_has_the_blocks_of_its_like() -> None:
+    oracle, ids = (
+        Oracle(eurobert(), mask_token_id=MASK, block_length=8, policy="dual-cache"),
+        prompt(),
+    )
+    ids = torch.cat([ids, torch.full_like(ids, MASK)])
+    oracle.call(ids)
+    result = oracle.call(commit(ids, 44))
+    assert rows(result.active[0]) == rows(result.active[1]) == list(range(42, 50))
 
 
 def test_other_changes_restart_and_unmasked_calls_leave_the_state_alone() -> None:

@@ -45,7 +45,7 @@ OP_OF_MIXER = {
     "roll": "roll", "shift_cat": "cat", "flip": "flip", "neighbour_gather": "gather",
     "first_row": "expand", "scrambled_view": "reshape", "mean": "add", "max": "add",
     "cumsum": "cumsum", "sort": "sort", "softmax": "softmax", "token_layernorm": "layer_norm",
-    "global_scale": "div", "conv1d": "conv1d", "token_linear": "linear", "fft": "view_as_real",
+    "global_scale": "div", "conv1d": "conv1d", "token_linear": "linear", "fft": "fft_fft",
     "batch_mean": "add",
 }  # fmt: skip
 """The op that each mixer is refused for; gru breaks the graph, and its parts are no models."""

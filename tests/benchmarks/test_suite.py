@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from benchmarks import report, run
 from benchmarks.suite import checks, results, runner
 from benchmarks.suite.ceilings import Ceilings
 from benchmarks.suite.cellbook import CellBook
-from benchmarks.suite.cells import groups_of
+from benchmarks.suite.cells import arms_of, groups_of
 from benchmarks.suite.checks import Refused, check_floor, check_measurement
 from benchmarks.suite.floors import full_pass_floor, keys_read, step_floor
 from benchmarks.suite.loop import Call, Ran
@@ -47,11 +48,9 @@ def measured(file: Path, *more: str) -> tuple[int, dict[str, Any]]:
 
 @pytest.mark.slow
 def test_every_arm_runs_and_the_report_is_written(tmp_path: Path) -> None:
-    code, result = measured(tmp_path / "one.json", "--per-step", "1,3", "--check-peers")
+    code, result = measured(tmp_path / "one.json", "--per-step", "1", "--check-peers")
     assert code == 0
-    assert {(row["arm"], row["per_step"]) for row in result["rows"]} == {
-        (arm, per_step) for arm in "abcdefg" for per_step in (1, 3)
-    }
+    assert "".join(sorted(row["arm"] for row in result["rows"])) == "abcdefghi"
     assert not [row["error"] for row in result["rows"] if row.get("error")]
     assert result["checks"]["tiny"]["same_tokens"] == result["checks"]["tiny"]["calls"]
     agreement = result["checks"]["tiny"]["agreement"]
@@ -61,8 +60,11 @@ def test_every_arm_runs_and_the_report_is_written(tmp_path: Path) -> None:
     assert ours["refreshes"] == 2
     assert ours["step_ms"] > ours["floor_ms"] > 0
     assert ours["padding"] >= 1
+    partly = next(row for row in result["rows"] if row["arm"] == "h")
+    assert 0 < partly["partial_rows"] < ours["context"]
+    assert ours["partial_rows"] is None
 
-    measured(tmp_path / "two.json", "--arms", "a,b", "--per-step", "1")
+    measured(tmp_path / "two.json", "--arms", "a", "--per-step", "3")
     files = [str(tmp_path / name) for name in ("one.json", "two.json")]
     out = tmp_path / "docs" / "performance.md"
     out.parent.mkdir()
@@ -170,8 +172,26 @@ def test_floors_are_those_of_the_formula() -> None:
 def test_the_most_telling_cells_come_first() -> None:
     groups = groups_of("llada", [8192, 16384, 32768], [32, 64], [3, 1], [0.5, 0.25])
     first = groups[0]
-    assert (first.context, first.block, first.alpha, first.per_step) == (32768, 64, 0.5, (1, 3))
-    assert [g.context for g in groups[::4]] == [32768, 8192, 16384]
+    assert (first.contexts, first.block, first.alpha, first.per_step) == ((32768,), 64, 0.5, (1, 3))
+    assert [g.contexts for g in groups[::4]] == [(32768,), (8192,), (16384,)]
+    (together,) = groups_of("llada", [8192, 32768], [32], [1], [0.5], dynamic=True)
+    assert [cell.context for cell in together.cells] == [32768, 8192]
+
+
+def test_contexts_share_programs_of_dynamic_shapes(tmp_path: Path) -> None:
+    more = ["--contexts", "96,128", "--dynamic", "--arms", "b,g,c4,h8", "--per-step", "1,2"]
+    code, result = measured(tmp_path / "dynamic.json", *more)
+    assert code == 0
+    found = [(row["arm"], row["context"], row["per_step"]) for row in result["rows"]]
+    assert sorted(found) == sorted(itertools.product("bgh", (96, 128), (1, 2)))
+    assert not [row["error"] for row in result["rows"] if row.get("error")]
+
+
+def test_arms_are_named_by_letters(tmp_path: Path) -> None:
+    assert arms_of("b, g,h32") == {"b": None, "g": None, "h": 32}
+    done = CliRunner().invoke(run.app, ["--device", "cpu", "--arms", "b,z"])
+    assert done.exit_code == 2
+    assert "no arm 'z'" in done.output
 
 
 def test_totals_are_composed_from_refreshes_and_steps() -> None:

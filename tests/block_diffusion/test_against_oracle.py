@@ -76,7 +76,7 @@ def compare(choice: dict[str, Any], prompt: list[int], tokens: int, **more: Any)
 
 @given(choice=choices(), prompt=prompts(), tokens=st.integers(1, 20))
 @settings(
-    max_examples=30,
+    max_examples=20,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=list(HealthCheck),

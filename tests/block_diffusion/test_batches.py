@@ -32,7 +32,7 @@ PROMPTS = [[3, 1, 4, 1, 5], [9] * 16, [2, 7, 1, 8] * 5 + [2], [8, 2]]
     late=st.integers(0, 4),
 )
 @settings(
-    max_examples=10,
+    max_examples=7,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=list(HealthCheck),
@@ -101,6 +101,7 @@ def test_pending_counts_what_waits_and_what_decodes() -> None:
     assert made.pending == 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_compiled_programs_serve_all_row_counts() -> None:
     """Inductor gives what the graphs give op by op, also where a list holds one sequence at first

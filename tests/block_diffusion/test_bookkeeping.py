@@ -24,7 +24,7 @@ from tests.block_diffusion.tiny import (
 
 BLOCK = 8
 few = settings(
-    max_examples=10,
+    max_examples=7,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=list(HealthCheck),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import hypothesis.strategies as st
@@ -210,7 +210,8 @@ def test_summaries_are_made_once_and_are_final() -> None:
     written: list[tuple[int, int]] = []
     summarise = made.programs.summarise
 
-    def watched(caches: Any, done: list[tuple[int, int, int]]) -> None:
+    def watched(caches: Any, finished: Iterable[tuple[int, int, int]]) -> None:
+        done = list(finished)
         written.extend((slot, at) for slot, first, end in done for at in range(first, end))
         summarise(caches, done)
 

@@ -17,6 +17,7 @@ from focus_compile.block_diffusion import dispatch
 from focus_compile.errors import RefusalError
 from focus_compile.fallback import FocusWarning, forget
 from focus_compile.passes.block_causality import block_causal_mask
+from focus_compile.runtime.store import STORE
 from tests.block_diffusion.tiny import DECODERS, MASK, VOCAB, decoder, oracle
 from tests.compiled import compiled
 
@@ -30,13 +31,21 @@ OPTIONS: dict[str, Any] = {
 Choose = Callable[[Tensor, Tensor], Tensor]
 
 
-def call(model: Any, ids: Tensor, **changed: Any) -> Tensor:
-    """Logits [batch, tokens, vocabulary] of the cache-free form."""
+def call(model: Any, ids: Tensor, dynamic: bool = True, **changed: Any) -> Tensor:
+    """Logits [batch, tokens, vocabulary] of the cache-free form.
+
+    dynamic: one graph serves all lengths, where torch would trace one for the first length before.
+    """
     batch, length = ids.shape
     inputs = {
         "attention_mask": block_causal_mask(length, B, ids.device).expand(batch, -1, -1, -1),
         "position_ids": torch.arange(length, device=ids.device).expand(batch, -1),
     } | changed
+    if dynamic and not torch.compiler.is_compiling():
+        for tensor in (ids, *(value for value in inputs.values() if value is not None)):
+            for axis in {1, 2, 3} & set(range(tensor.dim())):
+                if tensor.shape[axis] == length:
+                    torch._dynamo.maybe_mark_dynamic(tensor, axis)
     with torch.no_grad():
         logits: Tensor = model(ids, **inputs, use_cache=False).logits
     return logits
@@ -59,13 +68,18 @@ def best(count: int) -> Choose:
 
 
 def decode(
-    model: Any, ids: Tensor, blocks: int, choose: Choose, see: Callable[..., None] | None = None
+    model: Any,
+    ids: Tensor,
+    blocks: int,
+    choose: Choose,
+    see: Callable[..., None] | None = None,
+    dynamic: bool = True,
 ) -> Tensor:
     """Append and decode blocks; `see` is given the ids and logits of every call."""
     for _ in range(blocks):
         ids = torch.cat([ids, torch.full((ids.shape[0], B), MASK).to(ids)], 1)
         while (masked := ids[:, -B:] == MASK).any():
-            logits = call(model, ids)
+            logits = call(model, ids, dynamic)
             if see is not None:
                 see(ids, logits)
             last = logits[:, -B:].float().index_fill(-1, ids.new_tensor([MASK]), -torch.inf)
@@ -90,15 +104,15 @@ def test_the_delayed_cache_decodes_as_the_oracle(name: str, batch: int) -> None:
     for seed in range(8):  # until some choices are clear
         ids = prompts(batch, seed)
         with focus_compile.record() as history:
-            found = decode(focus, ids, 3, at_least(0.6))
+            found = decode(focus, ids, 3, at_least(0.6), dynamic=batch == 1)
         for prompt, whole in zip(ids.tolist(), found.tolist(), strict=True):
             run = judge.generate(prompt, max_new_tokens=3 * B)
             if run.clear:
                 compared += 1
                 assert whole[2 * B :] == run.tokens
         programs = [record.program for record in history]
-        # A graph for one length, and one for all.
-        assert programs.count("refresh") <= 2
+        # Where torch is not told, a graph for one length, and one for all.
+        assert programs.count("refresh") == (1 if batch == 1 else 2)
         assert programs.count("exact") == 0
         assert sum(record.rows for record in history) < batch * len(history) * 3 * B
         if compared:
@@ -268,6 +282,74 @@ def test_a_causal_model_without_a_mask_is_told_how_to_be_called() -> None:
     ids = torch.cat([prompts(1), torch.full((1, B), MASK)], 1)
     with pytest.raises(BackendCompilerFailed, match="block-causal 4D attention mask"):
         call(compiled(model, policy="focus-evict", **OPTIONS), ids, attention_mask=None)
+
+
+@pytest.mark.parametrize("policy", ["delayed-cache", "focus-evict", "focus-dllm+evict"])
+def test_edited_and_finished_blocks_are_computed_whole(policy: str) -> None:
+    """Tokens of the last block taken back or replaced, then a call without masks, then one block
+    more: each is exact, and none computes the prefix again."""
+    model = decoder("qwen3")
+    combined = {"key_block": 4, "keep_ratio": 0.1, "dense_layers": 0, "sink_tokens": 4}
+    sparse = combined if policy == "focus-dllm+evict" else {}
+    focus = compiled(model, policy=policy, **OPTIONS, **sparse)
+    decode(focus, prompts(2, seed=9, length=B), 2, best(4))  # from now on, one graph of any length
+    text = torch.cat([prompts(2, seed=7), prompts(2, seed=8, length=2 * B)], 1)
+    ids = text[:, : 3 * B].clone()
+    ids[:, -B:] = MASK
+    call(focus, ids)
+    some = ids.clone()
+    some[:, -B:-2] = text[:, 2 * B : 3 * B - 2]
+    call(focus, some)
+    back, other = some.clone(), some.clone()
+    back[0, -B], back[1, -B + 3] = MASK, MASK
+    other[:, -B + 1] = other[:, -B + 1] % (MASK - 1) + 1
+    done = torch.where(other == MASK, text[:, : 3 * B], other)
+    edited = torch.cat([done, torch.full((2, B), MASK)], 1)
+    edited[0, -B - 1] = edited[0, -B - 1] % (MASK - 1) + 1
+    with focus_compile.record() as history:
+        for given in (back, other, done, edited):
+            logits, dense = call(focus, given), call(model, given)
+            known = slice(0, 3 * B)  # the new block has but few of its rows
+            torch.testing.assert_close(logits[:, known], dense[:, known], rtol=1e-3, atol=1e-3)
+    assert [record.program for record in history] == ["step"] * 4
+    assert [record.why for record in history] == [
+        "decided tokens changed", "decided tokens changed", "the block is finished",
+        "the next block",
+    ]  # fmt: skip
+    assert all(record.rows == 2 * B for record in history)
+
+
+def test_a_repeated_call_gets_what_was_computed() -> None:
+    model = decoder("qwen3")
+    focus = compiled(model, policy="focus-evict", **OPTIONS)
+    ids = torch.cat([prompts(1), torch.full((1, B), MASK)], 1)
+    first = call(focus, ids)
+    with focus_compile.record() as history:
+        assert torch.equal(call(focus, ids), first)
+    assert [(record.program, record.rows) for record in history] == [("step", 0)]
+
+
+def test_scoring_other_texts_gives_up_on_caches() -> None:
+    """And a loop finds them again."""
+    forget()
+    model = decoder("qwen3")
+    focus = compiled(model, policy="delayed-cache", **OPTIONS | {"strict": False})
+    with focus_compile.record() as history, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", FocusWarning)
+        for seed in range(7):
+            ids = torch.cat([prompts(1, seed), torch.full((1, B), MASK)], 1)
+            torch.testing.assert_close(call(focus, ids), call(model, ids), rtol=1e-3, atol=1e-3)
+    assert [record.program for record in history] == ["refresh"] * 4 + ["exact"] * 3
+    (line,) = [str(w.message) for w in said if w.category is FocusWarning]
+    assert "were not continued" in line
+    assert STORE.nbytes == 0
+    with focus_compile.record() as history:
+        found = decode(focus, prompts(1), 2, best(2))
+    programs = [record.program for record in history]
+    assert programs[:4] == ["exact", "refresh", "step", "step"]
+    assert "exact" not in programs[1:]
+    again = compiled(model, policy="delayed-cache", **OPTIONS)
+    assert torch.equal(found, decode(again, prompts(1), 2, best(2)))
 
 
 def test_nothing_masked_runs_exactly() -> None:

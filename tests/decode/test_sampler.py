@@ -317,3 +317,24 @@ def test_the_tiny_dllm_answers_a_batch() -> None:
         assert result.model_calls <= 16
         for example, ids in zip(examples, result.ids, strict=True):
             assert example.score(tokenizer.decode(ids[prompts.shape[1] :])) == 2
+
+
+def test_a_response_that_has_ended_is_filled_without_further_calls() -> None:
+    prompt = torch.tensor([[1, 4], [6, 7]])
+    options: dict[str, Any] = {"gen_length": 6, "block_length": 2, "mask_token_id": MASK}
+    model, plain = BankModel(3), BankModel(3)
+    expected = generate(plain, prompt, **options)
+    seen: list[Tensor] = []
+
+    def ended(responses: Tensor) -> Tensor:
+        seen.append(responses.clone())
+        return torch.tensor([True, responses.shape[1] == 4])
+
+    found = generate(model, prompt, eos_token_id=VOCABULARY - 1, ended=ended, **options)
+    assert [response.shape[1] for response in seen] == [2, 4, 6]
+    assert found.model_calls == 4 < expected.model_calls
+    assert found.ids[0, 4:].tolist() == [VOCABULARY - 1] * 4
+    assert torch.equal(found.ids[0, :4], expected.ids[0, :4])
+    assert found.ids[1, 6:].tolist() == [VOCABULARY - 1] * 2
+    with pytest.raises(OptionError, match="eos_token_id"):
+        generate(model, prompt, ended=ended, **options)

@@ -112,6 +112,7 @@ def test_lengths_are_multiples_of_the_block() -> None:
         BlockQuestions(length=192, gen_length=32, questions=1, block_length=36).check()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_small_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evict_fidelity, "ALPHAS", (math.inf,))

@@ -11,6 +11,7 @@ from rich.console import Console
 from focus_compile.demo import fidelity
 from focus_compile.demo.fidelity import FidelitySettings
 from focus_compile.errors import OptionError
+from focus_compile.runtime.record import StepRecord
 
 ARMS = [
     "dense",
@@ -41,10 +42,28 @@ def test_the_arms() -> None:
 
 
 def test_kept_counts_only_what_dense_gets_right() -> None:
-    score = fidelity._score([True, True, False], [True, False, True], recall=None, seconds=1.0)
+    settings = FidelitySettings(examples=2, length=100, gen_length=20, block_length=10)
+    refreshes = [StepRecord("refresh", "", 100, prompt_rows=80), StepRecord("step", "", 9)]
+    partial = StepRecord("partial", "", 30, prompt_rows=16, error=0.25)
+    marks = [True, True, False]
+    score = fidelity._score(marks, [True, False, True], [*refreshes * 2, partial], 1.0, settings)
+    assert (score.refreshed, score.error) == (176 / (2 * 2 * 80), 0.25)
     assert (score.right, score.asked, score.kept) == (2, 3, 0.5)
     assert score.accuracy == pytest.approx(2 / 3)
-    assert fidelity._score([True], [False], recall=None, seconds=1.0).kept is None
+    assert fidelity._score([True], [False], [], 1.0, settings).kept is None
+    assert fidelity._score([True], None, [], 1.0, settings).kept is None
+
+
+def test_the_arms_of_refreshing() -> None:
+    settings = FidelitySettings(refresh="adaptive", dense=False, only=("adaptive",))
+    (arm,) = fidelity.arms(settings)
+    assert arm.options == {"refresh": "adaptive", "block_length": 32, "lowering": "inductor"}
+    names = [arm.name for arm in fidelity.arms(FidelitySettings(refresh="adaptive"))]
+    assert names[:4] == ["dense", "block refresh", "refreshed once", "adaptive"]
+    with pytest.raises(OptionError, match="unknown arm 'adaptiv'; did you mean 'adaptive'"):
+        fidelity.arms(FidelitySettings(refresh="adaptive", only=("adaptiv",)))
+    with pytest.raises(OptionError, match="unknown refresh 'never'"):
+        fidelity.arms(FidelitySettings(refresh="never"))
 
 
 def test_bad_settings() -> None:
@@ -54,9 +73,8 @@ def test_bad_settings() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_arms")
-def test_a_small_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fidelity, "KEEP_RATIOS", (0.5,))
-    names = [*ARMS[:4], *ARMS[-2:]]
+def test_a_small_run() -> None:
+    names = [*ARMS[:2], ARMS[-1]]
     settings = FidelitySettings(
         length=192,
         examples=3,
@@ -65,6 +83,7 @@ def test_a_small_run(monkeypatch: pytest.MonkeyPatch) -> None:
         block_length=16,
         questions=2,
         lowering="eager",
+        only=tuple(names[1:]),
     )
     answered: list[tuple[str, int]] = []
     results = list(fidelity.run(settings, lambda *step: answered.append(step)))

@@ -22,11 +22,12 @@ def result(dense_seconds: float, focus_seconds: float) -> ShowcaseResult:
     )
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("quick_arms")
 def test_both_arms_are_measured() -> None:
     console = Console(file=io.StringIO(), width=100)
     settings = ShowcaseSettings(length=192, gen_length=32, block_length=16, questions=2)
-    found = showcase.run(settings, console)
+    found = showcase.run(settings, console, recorded=True)
     assert found.same_answers
     for arm in (found.dense, found.focus):
         assert (arm.right, arm.asked, arm.model_calls) == (2, 2, 32)
@@ -40,6 +41,13 @@ def test_both_arms_are_measured() -> None:
     shown = console.file.getvalue()
     assert "dense: 32/32 tokens" in shown
     assert "call 32 (step)" in shown
+    record = found.record
+    assert record is not None
+    assert len(record.calls) == 32
+    assert record.arms["dense"]["tokens"] == record.arms["focus"]["tokens"]
+    assert record.arms["focus"]["seconds"] == found.focus.seconds
+    assert record.calls[0]["top"]
+    assert "record" not in found.to_dict()
 
 
 def test_the_results_file() -> None:

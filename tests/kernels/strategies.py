@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-fuzzed = settings(deadline=None, max_examples=60)
+fuzzed = settings(deadline=None, max_examples=40)
 
 DTYPES = (torch.float32, torch.bfloat16)
 LAYOUTS = ("contiguous", "heads-inside", "window", "every-other")

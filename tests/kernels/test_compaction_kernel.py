@@ -27,7 +27,7 @@ def check(case: Case, device: str, expected: tuple[torch.Tensor, torch.Tensor]) 
 
 
 @each_device
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=16)
 @given(data=st.data())
 def test_matches_reference(device: str, data: st.DataObject) -> None:
     case = data.draw(cases())

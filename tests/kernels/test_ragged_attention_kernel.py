@@ -21,7 +21,7 @@ from focus_compile.kernels.ragged_attention import kernel
 from focus_compile.kernels.tiling import H100, Tiling
 
 SMALL_TILES = (None, Tiling(16, 16, 1, 4, 2), Tiling(16, 32, 3, 4, 3), Tiling(32, 16, 5, 4, 2))
-few = settings(deadline=None, max_examples=12)
+few = settings(deadline=None, max_examples=8)
 
 
 def run(case: Case, device: str, tiling: Tiling | None = None) -> Tensor:

@@ -25,7 +25,7 @@ def run(case: Case, device: str) -> Tensor:
 
 
 @each_device
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=16)
 @given(data=st.data())
 def test_matches_reference(device: str, data: st.DataObject) -> None:
     case = data.draw(cases(most=40))

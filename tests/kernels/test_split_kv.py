@@ -33,7 +33,7 @@ from focus_compile.kernels.split_kv import KeyList, attend
 from focus_compile.kernels.tiling import H100, Device, Tiling, choose_splits, choose_tiling
 
 SMALL_TILES = (None, Tiling(16, 16, 1, 4, 2), Tiling(16, 32, 3, 4, 3), Tiling(32, 16, 5, 4, 2))
-few = settings(deadline=None, max_examples=12)
+few = settings(deadline=None, max_examples=8)
 
 
 def on(problem: Problem, device: str) -> Problem:

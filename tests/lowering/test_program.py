@@ -162,6 +162,7 @@ print(json.dumps([programs, found["fxgraph_cache_hit"], found["fxgraph_cache_mis
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     """Every artifact comes from Inductor's cache on disk."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from focus_compile.coverage import FAMILIES, IMPLEMENTATIONS, MASK, VOCABULARY, build
 
-__all__ = ["IMPLEMENTATIONS", "MASK_TOKEN_ID", "STOCK", "VOCAB", "build_stock"]
+__all__ = ["IMPLEMENTATIONS", "MASK_TOKEN_ID", "STOCK", "VOCAB", "build_stock", "draw_weights"]
 
 VOCAB, MASK_TOKEN_ID = VOCABULARY, MASK
 STOCK = tuple(FAMILIES)
@@ -32,12 +32,12 @@ def build_stock(
     model = build(name, implementation, **options)
     if name.endswith("_moe"):
         model.set_experts_implementation("batched_mm")  # type: ignore[operator] # grouped_mm knows no float64
-    _draw(model, torch.Generator().manual_seed(seed))
+    draw_weights(model, torch.Generator().manual_seed(seed))
     model.to(dtype).eval()
     return model
 
 
-def _draw(model: nn.Module, generator: torch.Generator) -> None:
+def draw_weights(model: nn.Module, generator: torch.Generator) -> None:
     """Weights of unit gain (queries and keys 1.4), norms about one, embeddings of std 0.5."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in model.named_parameters():
@@ -50,5 +50,5 @@ def _scaled(name: str, noise: Tensor, embedding: bool) -> Tensor:
         return 0.5 * noise
     if noise.ndim == 1:
         return 0.1 * noise if name.endswith("bias") else 1 + 0.2 * noise
-    sharp = any(part in name for part in ("q_proj", "k_proj", "query", "key", "Wqkv"))
+    sharp = any(part in name for part in ("q_proj", "k_proj", "query", "key", "Wqkv", "att_proj"))
     return noise * (1.4 if sharp else 1.0) * noise.shape[-1] ** -0.5

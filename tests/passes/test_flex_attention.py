@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from focus_compile.capture import copy_graph_module
+from focus_compile.capture import CaptureRefused, capture, copy_graph_module
 from focus_compile.passes.flex_attention import NormalizeFlexAttention
 
 BATCH, HEADS, LENGTH, WIDTH = 2, 4, 16, 8
@@ -105,7 +105,9 @@ OTHERS: dict[str, Callable[..., Any]] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_uses_stay(name: str) -> None:
-    gm, _, done = normalised(OTHERS[name], *operands())
+def test_other_uses_stay_and_are_refused(name: str) -> None:
+    gm, args, done = normalised(OTHERS[name], *operands())
     assert done == 0
     assert any("flex_attention" in str(node.target) for node in gm.graph.nodes)
+    with pytest.raises(CaptureRefused, match=r"score_mod, or whose log-sum-exp .* BlockMask"):
+        capture(gm, args)

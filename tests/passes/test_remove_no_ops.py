@@ -34,6 +34,7 @@ REMOVED: dict[str, Callable[[Tensor], Tensor]] = {
     "expand to itself": lambda x: x.expand(3, 4) * 2,
     "identity permute": lambda x: x.permute(0, 1) * 2,
     "detach": lambda x: x.detach() * 2,
+    "concatenated with nothing": lambda x: torch.cat([x.new_zeros(0), x, x[:, 4:]], -1) * 2,
 }
 KEPT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "cast": (lambda x: x.to(torch.float64) * 2, "_to_copy"),
@@ -42,8 +43,12 @@ KEPT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "every other": (lambda x: x[:, ::2] * 2, "slice"),
     "dropout on": (lambda x: F.dropout(x, 0.5, training=True) * 2, "dropout"),
     "real permute": (lambda x: x.permute(1, 0) * 2, "permute"),
+    "concatenated with itself": (lambda x: torch.cat([x, x[:0], x]) * 2, "cat"),
+    "concatenated with nothing wider": (
+        lambda x: torch.cat([x.new_zeros(0, dtype=torch.float64), x]) * 2, "cat"
+    ),
     "real expand": (lambda x: x[:1].expand(3, 4) * 2, "expand"),
-}
+}  # fmt: skip
 
 
 def cleaned(function: Callable[[Tensor], Tensor]) -> tuple[Any, int, tuple[Any, ...]]:

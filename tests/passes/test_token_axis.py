@@ -94,9 +94,19 @@ ACCEPTED: dict[str, Hook] = {
     "top two experts": lambda m, h, i: (
         h + m.embedding(m.mix(h).topk(2, -1).indices).mean(-2) * h.topk(2, -1).values[..., :1]
     ),
+    "one-hot choices": lambda m, h, i: h * F.one_hot(h.argmax(-1), HIDDEN),
+    "pairs as complex numbers": lambda m, h, i: torch.view_as_real(
+        torch.view_as_complex(h.unflatten(-1, (-1, 2)))
+        * torch.polar(torch.ones(h.shape[1], 4), m.positions[: h.shape[1], :4])
+    ).flatten(-2),
     "hidden states returned too": lambda m, h, i: (h, h, m.mix(h)),
 }  # fmt: skip
 REFUSED: dict[str, tuple[Hook, str]] = {
+    "neighbours as complex numbers": (
+        lambda m, h, i: torch.view_as_real(
+            torch.view_as_complex(h.view(h.shape[0], -1, 2, HIDDEN).mT.contiguous()) * 1j
+        ).mT.reshape(h.shape), "cuts through the rows"
+    ),
     "max over tokens": (lambda m, h, i: h * h.max(1, keepdim=True).values, "needs every token"),
     "argmax over tokens": (lambda m, h, i: h + m.embedding(h.argmax(1))[:, :1], "every token"),
     "norm over tokens": (lambda m, h, i: F.normalize(h, dim=1), "needs every token"),
@@ -160,14 +170,17 @@ REFUSED: dict[str, tuple[Hook, str]] = {
         ),
         "no rule for how it reads",
     ),
-    "pooled output": (lambda m, h, i: (h, h[:, 0]), "expected [2, 6, ...]"),
-    "loss": (lambda m, h, i: (h, h.mean()), "Return logits only (no loss"),
-    "ids returned": (lambda m, h, i: (h, i + 1), "does not depend on the ids"),
     "positions attended": (
         lambda m, h, i: h + _attended_positions(m.positions[: h.shape[1]]).expand(h.shape),
         "attention over values that are no hidden states",
     ),
 }  # fmt: skip
+BEHIND: dict[str, Hook] = {
+    "pooled output": lambda m, h, i: (h, h[:, 0]),
+    "loss": lambda m, h, i: (h, h.mean()),
+    "ids returned": lambda m, h, i: (h, i + 1),
+}
+"""What mixes tokens, or holds none, behind the model."""
 BATCH_MIXERS: dict[str, tuple[Hook, str]] = {
     "flip": (lambda m, h, i: h + h.flip(0), "works along the batch axis"),
     "first": (lambda m, h, i: h + h[:1], "broadcast over the batch"),
@@ -194,6 +207,14 @@ def _attended_positions(positions: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_row_wise_ops_are_accepted(name: str) -> None:
     assert_rows_alone_equal_dense(traced(ACCEPTED[name], 2, 6))
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_ops_behind_the_model_are_its_tail(name: str) -> None:
+    plan = traced(BEHIND[name], 2, 6).plan
+    assert not plan.refusals
+    assert plan.tail is not None
+    assert plan.logits is not None
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -12,12 +12,14 @@ from torch import fx
 from focus_compile.passes.match_attention import PATTERNS, MatchAttention
 from focus_compile.passes.remove_no_ops import RemoveNoOps
 from focus_compile.patterns import grouped_query
+from focus_compile.patterns.match import DROPOUT
 from focus_compile.patterns.softmax import MatmulSoftmaxMatmul
 from tests.graphs import aten_graph, op_names
 
 SITE = "focus_compile.attention.default"
 MISSED = {
-    "dropout": "attention dropout is on",
+    "dropout": DROPOUT,
+    "wide values": "keys and values differ in width (8 and 16)",
     "three axes": "query has 3 axes, expected [batch, heads, rows, d]",
     "softcap": "the scores come from tanh.default, expected a matrix product",
     "over queries": "softmax is not over the last axis",

@@ -42,9 +42,9 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trajectories that try to capture graphs whatever the device."""
     allocate = Trajectory.allocate.__func__  # type: ignore[attr-defined]
 
-    def enabled(cls: Any, owner: Any, call: Any, first: int, caches: Any, graphs: Any) -> Any:
-        graphs.enabled = True
-        return allocate(cls, owner, call, first, caches, graphs)
+    def enabled(cls: Any, *given: Any) -> Any:
+        next(value for value in given if isinstance(value, DeviceGraphs)).enabled = True
+        return allocate(cls, *given)
 
     monkeypatch.setattr(Trajectory, "allocate", classmethod(enabled))
 

@@ -33,7 +33,7 @@ def trajectory_of(ids: Tensor, *, weights: Any = (), guarded: Any = (), numbers:
     """A trajectory whose last call had these inputs."""
     call = call_of(ids, weights, guarded, numbers)
     graphs = DeviceGraphs(False, pytest.fail)
-    held = Trajectory.allocate(OWNER, call, 0, [torch.zeros(8)], graphs)
+    held = Trajectory.allocate(OWNER, call, 0, [torch.zeros(8)], graphs, MASK)
     held.begin(call, Blocks.of(ids == MASK, 4), 4, 0.5)
     held.ids.copy_(held.incoming)
     return held
@@ -70,7 +70,10 @@ def test_any_other_change_of_ids_starts_anew(change: str) -> None:
         after[0, 0] = before[0, 0] % 5 + 1
     else:
         after[0, -1] = MASK if change == "remask" else 6
-    assert why(trajectory_of(before), after) == "ids changed other than from mask to token"
+    expected = "ids changed other than from mask to token"
+    if change == "prompt":
+        expected = "ids changed before the response"
+    assert why(trajectory_of(before), after) == expected
 
 
 def test_the_first_call_and_another_graph() -> None:

@@ -92,7 +92,11 @@ class Subject:
     """Whether the next call of a trajectory must start anew, whatever its ids."""
 
     def __post_init__(self) -> None:
-        self.oracle = Oracle(self.model, **OPTIONS)
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing of the calls so far is known any more."""
+        self.oracle, self.restarts = Oracle(self.model, **OPTIONS), True
 
     def start(self, batch: int, length: int, seed: int) -> None:
         self.ids = prompt_and_masks(batch, length, seed)
@@ -108,7 +112,7 @@ class Subject:
         graph = (inference, self.model.training)
         restarts = self.restarts or graph != self.graph
         if restarts:
-            self.oracle.state = None
+            self.oracle.broken = True
         with torch.inference_mode(inference):
             ids, mask = self.ids.clone(), self.mask.clone()
             logits, record = run_call(self.focus, ids, attention_mask=mask)
@@ -129,7 +133,7 @@ class Subject:
         if expected.margin < CLEAR_MARGIN:
             # Rounding may have chosen other rows than the oracle's.
             STORE.slot(self.model.embedding.weight).trajectory = None
-            self.restarts = True
+            self.oracle.state = None
             return
         assert record.rows == int(expected.active.sum())
         error = (logits - expected.logits)[self.mask.bool()].abs().max()
@@ -236,6 +240,36 @@ class CallHistories(RuleBasedStateMachine):
                 row[(~masked).nonzero()[-1]] = SPEC.mask_token_id
         subject.call()
 
+    @rule(which=whichever, seed=seeds, counts=st.lists(st.integers(1, 2), min_size=1, max_size=4))
+    def decode_and_edit(self, which: int, seed: int, counts: list[int]) -> None:
+        """A loop that takes back or replaces its last token now and then."""
+        subject = self.subjects[which]
+        for number, count in enumerate(counts):
+            before = subject.masked
+            self.decide(which, seed + number, count)
+            subject.call()
+            decided = (before & ~subject.masked).nonzero()
+            if len(decided) and (seed + number) % 3:
+                row, column = decided[-1].tolist()
+                again = (seed + number) % 3 == 1
+                token = int(subject.ids[row, column])
+                other = token % (SPEC.mask_token_id - 1) + 1
+                subject.ids[row, column] = SPEC.mask_token_id if again else other
+                subject.call()
+
+    @rule(which=whichever, seed=seeds, calls=st.integers(1, 7))
+    def score_under_random_masks(self, which: int, seed: int, calls: int) -> None:
+        """As log-likelihoods are estimated."""
+        subject = self.subjects[which]
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(1, SPEC.mask_token_id, subject.ids.shape, generator=generator)
+        for _ in range(calls):
+            hidden = torch.rand(tokens.shape, generator=generator) < 0.5
+            hidden[:, : tokens.shape[1] // 3] = False
+            subject.ids = tokens.where(~hidden, SPEC.mask_token_id)
+            if subject.masked.any():
+                subject.call()
+
     @rule(which=whichever)
     def change_a_decided_token(self, which: int) -> None:
         subject = self.subjects[which]
@@ -271,14 +305,14 @@ class CallHistories(RuleBasedStateMachine):
         subject.model.load_state_dict(state, assign=True)
         for parameter in subject.model.parameters():
             parameter.requires_grad_(True)
-        subject.restarts = True
+        subject.forget()
 
     @rule()
     def free_all_state(self) -> None:
         """What torch.compiler.reset() asks of the backend, without tracing anew."""
         focus.reset()
         for subject in self.subjects:
-            subject.restarts = True
+            subject.forget()
 
     @rule(which=whichever)
     def write_into_the_logits(self, which: int) -> None:
@@ -302,7 +336,7 @@ def test_every_history_of_calls_is_answered_right() -> None:
     run_state_machine_as_test(
         CallHistories,
         settings=settings(
-            max_examples=40,
+            max_examples=25,
             stateful_step_count=20,
             deadline=None,
             derandomize=True,

@@ -47,6 +47,7 @@ def test_recall_is_the_share_of_decided_positions_that_were_predicted() -> None:
     ids = prompt(masks=8)
     with focus_compile.record() as history:
         focus(ids)
+        ids[0, 5] = 1
         focus(ids)
         ids[0, 4], ids[0, 9] = 1, 1
         focus(ids)

@@ -110,7 +110,7 @@ def in_two_threads(work: Callable[[int], None]) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         for future in [pool.submit(begin, at) for at in range(2)]:
-            future.result(timeout=120)
+            future.result(timeout=400)
 
 
 def two_of_a_class(**options: Any) -> tuple[list[Any], list[Any]]:

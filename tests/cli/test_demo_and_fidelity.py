@@ -1,10 +1,8 @@
-"""The command line: help, results files, and errors in one line with exit code 2."""
+"""`demo` and `fidelity`: their options, results files, and bad input."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,21 +13,8 @@ from typer.testing import CliRunner
 
 from focus_compile.cli import app
 from focus_compile.demo import evict_fidelity, evict_showcase, fidelity, showcase
-from focus_compile.errors import RefusalError
 
 runner = CliRunner()
-
-
-def test_help_names_the_commands() -> None:
-    result = runner.invoke(app, ["--help"])
-    assert result.exit_code == 0
-    assert "demo" in result.output
-    assert "fidelity" in result.output
-
-
-def test_help_needs_no_transformers() -> None:
-    program = "import sys, focus_compile.cli; sys.exit('transformers' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -70,12 +55,16 @@ def test_fidelity_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     def run(settings: fidelity.FidelitySettings, advance: Any) -> Iterator[fidelity.FidelityResult]:
         seen.append(settings)
-        scores = {kind: fidelity.Score(3, 4, 0.75, None, None, 1.0) for kind in ("needle", "table")}
+        scores = {
+            kind: fidelity.Score(3, 4, 0.75, *[None] * 4, 1.0) for kind in ("needle", "table")
+        }
         done: dict[str, Any] = {}
         for arm in fidelity.arms(settings):
             advance(arm.name, 2 * settings.examples)
             done = done | {arm.name: scores}
-            yield fidelity.FidelityResult(done, dict.fromkeys(done), {"length": 300})
+            yield fidelity.FidelityResult(
+                done, dict.fromkeys(done), {"length": 300, "refresh": "block"}
+            )
             assert len(json.loads(file.read_text())["arms"]) == len(done)
 
     monkeypatch.setattr(fidelity, "run", run)
@@ -205,30 +194,3 @@ def test_errors_are_one_line(arguments: str, message: str) -> None:
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert "Traceback" not in result.output
-
-
-def test_an_error_that_torch_wrapped_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(*arguments: object) -> None:
-        try:
-            raise RefusalError("layer 1 mixes tokens")
-        except RefusalError as error:
-            raise RuntimeError("backend failed") from error
-
-    monkeypatch.setattr(showcase, "run", run)
-    result = runner.invoke(app, ["demo"])
-    assert result.exit_code == 2
-    assert result.stderr == "error: layer 1 mixes tokens\n"
-
-
-def test_other_errors_stay_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(*arguments: object) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(showcase, "run", run)
-    assert isinstance(runner.invoke(app, ["demo"]).exception, ZeroDivisionError)
-
-
-def test_numbers_out_of_range_are_usage_errors() -> None:
-    result = runner.invoke(app, ["demo", "--length", "0"])
-    assert result.exit_code == 2
-    assert "--length" in result.stderr
