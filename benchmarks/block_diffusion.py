@@ -30,11 +30,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import transformers.integrations.moe  # noqa: F401  (registers the product for the CPU)
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from torch.nn.functional import grouped_mm
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from focus_compile.block_diffusion.block_model import BlockModel
 from focus_compile.block_diffusion.state import Listing
@@ -46,7 +48,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "block diffusion": {"policy": "block-diffusion"},
     "delayed cache": {"policy": "delayed-cache"},
     "eviction": {"policy": "focus-evict", "evict_if_faster": False},
-    "eviction, delayed commit": {
+    "eviction with delayed commit": {
         "policy": "focus-evict", "evict_if_faster": False, "commit": "delayed",
     },
     "eviction where faster": {"policy": "focus-evict", "evict_if_faster": True},
@@ -56,6 +58,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 36, "hidden_size": 4096, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288,
         "vocab_size": 151936, "rope_theta": 1e6,
+    },
+    "llada2-mini": {
+        "num_hidden_layers": 20, "hidden_size": 2048, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 5120,
+        "vocab_size": 157184, "rope_theta": 6e5, "num_experts": 256, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512, "mlp_only_layers": [0], "norm_topk_prob": True,
+    },
+    "tiny-moe": {
+        "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "vocab_size": 512,
+        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "mlp_only_layers": [0], "norm_topk_prob": True,
     },
     "tiny": {
         "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4,
@@ -99,6 +113,7 @@ class Row:
     processed: float = 0.0
     evicting: float = 0.0
     ratio: float = 0.0
+    steps: int = 0
     warmup_s: float = 0.0
     graphs: int = 0
     peak_gib: float | None = None
@@ -107,17 +122,49 @@ class Row:
 
 
 def build(shape: str, length: int, device: torch.device) -> nn.Module:
-    """The stock class with random weights, without ever holding them in float32."""
+    """The stock class with random weights, without ever holding them in float32. Experts are
+    `GroupedExperts`, because torch 2.11 cuts the graph at transformers' own."""
     options = SHAPES[shape] | {"max_position_embeddings": length, "tie_word_embeddings": False}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            model = Qwen3ForCausalLM(Qwen3Config(**options))
+            if "num_experts" in options:
+                model: nn.Module = Qwen3MoeForCausalLM(Qwen3MoeConfig(**options))
+            else:
+                model = Qwen3ForCausalLM(Qwen3Config(**options))
     finally:
         torch.set_default_dtype(default)
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "experts", None), nn.Module):
+            module.experts = GroupedExperts(module.experts)
     return model.eval().requires_grad_(False)
+
+
+class GroupedExperts(nn.Module):
+    """Gated experts by grouped matrix products over rows in the order of their experts, as
+    transformers' "grouped_mm" computes them. Takes over the weights of transformers' module."""
+
+    def __init__(self, theirs: Any):
+        super().__init__()
+        self.gate_up_proj, self.down_proj = theirs.gate_up_proj, theirs.down_proj
+
+    def forward(self, hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """[tokens, hidden], experts and their weights [tokens, choices] to [tokens, hidden]."""
+        choices = experts.shape[-1]
+        chosen, order = experts.reshape(-1).sort()
+        bins = chosen.int() if hidden.is_cuda else chosen.float()
+        count = self.down_proj.shape[0]
+        ends = torch.histc(bins, count, 0, count - 1).cumsum(0, dtype=torch.int32)
+        rows = hidden[order // choices]
+        product = grouped_mm if rows.is_cuda else torch.ops.transformers.grouped_mm_fallback
+        gate, up = product(rows, self.gate_up_proj.mT, offs=ends).chunk(2, -1)
+        rows = product(nn.functional.silu(gate) * up, self.down_proj.mT, offs=ends)
+        rows = rows * weights.reshape(-1)[order, None]
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.shape[0], device=order.device)
+        return rows[back].view(hidden.shape[0], choices, -1).sum(1)
 
 
 def drawn(batch: int, mean: float, device: torch.device, seed: int) -> Tensor:
@@ -133,10 +180,17 @@ def all_drawn(batch: int, steps: int, mean: float, device: torch.device) -> list
     return [drawn(batch, mean, device, seed) for seed in range(WARM + steps + PROFILED)]
 
 
-def room(batches: Sequence[int], block: int, steps: int, mean: float) -> int:
-    """Tokens that no sequence of these batches gets past: all yields, and blocks in progress."""
+def timed_steps(batch: int, block: int, mean: float) -> int:
+    """Those of two blocks, as sequences that began together commit together; with few sequences
+    those of more blocks, whose yields scatter."""
+    return math.ceil(2 * block / mean) * math.ceil(16 / batch)
+
+
+def room(steps: dict[int, int], block: int, mean: float) -> int:
+    """Tokens that no sequence gets past with so many steps of each batch: all yields, and blocks in
+    progress."""
     cpu = torch.device("cpu")
-    drawn = (torch.stack(all_drawn(max(2, batch), steps, mean, cpu)) for batch in batches)
+    drawn = (torch.stack(all_drawn(max(2, b), count, mean, cpu)) for b, count in steps.items())
     most = [int(counts.sum(0).max()) for counts in drawn]
     return (math.ceil(max(most) / block) + 3) * block
 
@@ -252,7 +306,7 @@ def cell(
                 kept / max(1, decoded),
                 statistics.mean(step.evicting for step in seen),
                 rate / found[0].tokens_s if found and found[0].tokens_s else 1.0,
-                warmup, graphs, peak, on_device,
+                len(seen), warmup, graphs, peak, on_device,
             )
         )  # fmt: skip
         console.print(found[-1])
@@ -272,12 +326,14 @@ def show(rows: list[Row]) -> None:
 
 @app.command()
 def main(
-    shape: Annotated[str, typer.Option(help="sdar-8b or tiny.")] = "sdar-8b",
+    shape: Annotated[str, typer.Option(help="sdar-8b, llada2-mini, tiny or tiny-moe.")] = "sdar-8b",
     batches: Annotated[str, typer.Option(help="Sequences side by side.")] = "1,8,32,128,256",
     blocks: Annotated[str, typer.Option(help="Block lengths.")] = "32",
     contexts: Annotated[str, typer.Option(help="Prompt tokens.")] = "1024",
     arms: Annotated[str, typer.Option(help="Names of arms.")] = ",".join(ARMS),
-    steps: Annotated[int, typer.Option(help="Timed steps.")] = 20,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Timed steps. [default: by batch and block]")
+    ] = None,
     mean: Annotated[float, typer.Option(help="Tokens decoded per step and sequence.")] = 2.5,
     order: Annotated[str, typer.Option(help="left or any.")] = "left",
     lowering: str = "inductor",
@@ -294,10 +350,11 @@ def main(
     where = environment.describe() | ({"device": torch.cuda.get_device_name()} if on_gpu else {})
     for context in sizes[2]:
         for block in sizes[1]:
+            timed = {size: steps or timed_steps(size, block, mean) for size in sizes[0]}
             begun = time.perf_counter()
             made = BatchGenerator(
                 model, block_length=block, max_batch=2, mask_token_id=MASK, lowering=lowering,
-                max_length=context + room(sizes[0], block, steps, mean),
+                max_length=context + room(timed, block, mean),
                 merge_projections=merge_projections,
             )  # fmt: skip
             compiled = made.model
@@ -305,7 +362,7 @@ def main(
             console.print(f"captured in {time.perf_counter() - begun:.1f} s")
             for batch in sizes[0]:
                 named = arms.split(",")
-                rows += cell(compiled, shape, batch, context, steps, mean, named, order)
+                rows += cell(compiled, shape, batch, context, timed[batch], mean, named, order)
                 if json_file is not None:
                     result = {"environment": where, "mean": mean, "rows": [asdict(r) for r in rows]}
                     json_file.write_text(json.dumps(result, indent=2) + "\n")

@@ -206,15 +206,17 @@ def overhead_row(model: Any, tokenizer: Any, length: int, repeats: int) -> Overh
 
 def guard_milliseconds(model: Any, ids: torch.Tensor, repeats: int = 200) -> float:
     """Median time of the guard: this call's inputs against the trajectory's, weights included."""
-    config = FocusConfig(mask_token_id=model.config.mask_token_id, block_length=BLOCK_LENGTH)
+    mask = model.config.mask_token_id
+    config = FocusConfig(mask_token_id=mask, block_length=BLOCK_LENGTH)
     policy = policy_for(config)
     call = CallInputs(ids, (), (), tuple(model.parameters()))
-    held = Trajectory.allocate(None, call, 0, [], DeviceGraphs(ids.is_cuda, print))
-    held.begin(call, Blocks.of(ids.eq(model.config.mask_token_id), BLOCK_LENGTH), 32, 0.5)
+    graphs = DeviceGraphs(ids.is_cuda, print)
+    held = Trajectory.allocate(None, call, 0, [], graphs, mask)
+    held.begin(call, Blocks.of(ids.eq(mask), BLOCK_LENGTH), 32, 0.5)
     held.ids.copy_(ids)
 
     def compare() -> torch.Tensor:
-        return observe(held, policy, model.config.mask_token_id, BLOCK_LENGTH)
+        return observe(held, policy, mask, BLOCK_LENGTH)
 
     times = []
     for _ in range(repeats):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import os
 import re
 import time
 from pathlib import Path
@@ -23,11 +24,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from benchmarks.suite import results
 from benchmarks.suite.arms import ArmOptions
 from benchmarks.suite.ceilings import measure_ceilings
-from benchmarks.suite.cells import ARMS
+from benchmarks.suite.cells import ARMS, arms_of
 from benchmarks.suite.measure import GIB
 from benchmarks.suite.runner import Runner, Workload
 from focus_compile.demo import environment
@@ -104,7 +106,9 @@ def main(
     alphas: Annotated[
         str | None, typer.Option(help="Shares of prompt blocks kept. [default: .5,.25]")
     ] = None,
-    arms: str = ",".join(ARMS),
+    arms: Annotated[
+        str, typer.Option(help="Letters; h32 measures (h) at blocks of 32 alone.")
+    ] = ",".join(ARMS),
     gen_length: int = 256,
     rounds: Annotated[int, typer.Option(help="Timed blocks, or vanilla calls.")] = 3,
     launches: Annotated[bool, typer.Option(help="Count kernels with the profiler.")] = True,
@@ -115,7 +119,7 @@ def main(
     lowering: Annotated[
         str, typer.Option(help="inductor or eager, for (b), (d), (g).")
     ] = "inductor",
-    dynamic: Annotated[bool, typer.Option(help="Compile with dynamic shapes.")] = False,
+    dynamic: Annotated[bool, typer.Option(help="Contexts share compiled programs.")] = False,
     option: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE of FocusConfig, for (d) and (g).")
     ] = None,
@@ -126,6 +130,10 @@ def main(
 ) -> None:
     """Measure and write results."""
     started = time.monotonic()
+    try:
+        chosen = arms_of(arms)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--arms") from None
     where = describe(torch.device(device), commit)
     file = json_file or default_file(suite, where["device"])
     work = Workload(
@@ -135,7 +143,7 @@ def main(
         listed(blocks, int),
         listed(per_step or ("1" if quick else "1,2,3"), int),
         listed(alphas or (".5" if quick else ".5,.25"), float),
-        arms.replace(",", ""),
+        chosen,
         gen_length,
         rounds,
         launches,
@@ -152,6 +160,8 @@ def main(
         "ceilings": ceilings.to_dict(),
         "work": dict(work.__dict__),
         "options": ours,
+        "load": [os.getloadavg()[0]],
+        "inductor_cache": "warm" if (Path(cache_dir()) / "fxgraph").exists() else "empty",
     }
     console.print(f"{where['device']}: {ceilings}")
     runner = Runner(
@@ -175,6 +185,8 @@ def main(
             runner.model(name)
             if runner.out_of_time():
                 break
+    result["runs"][run]["load"].append(os.getloadavg()[0])
+    runner.write()
     console.print(f"{time.monotonic() - started:.0f} s; wrote {file}")
     raise typer.Exit(1 if runner.failed else 0)
 

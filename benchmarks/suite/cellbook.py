@@ -24,19 +24,20 @@ class Entry:
     alpha: float
     runs: dict[str, dict[str, Row]] = field(default_factory=dict)
 
-    def arm(self, letter: str) -> Row | None:
+    def arm(self, letter: str, ours: str = "g") -> Row | None:
         """The newest row of an arm, beside (g) of the same run where there is one."""
         for _, arms in sorted(self.runs.items(), reverse=True):
-            if letter in arms and "g" in arms:
+            if letter in arms and ours in arms:
                 return arms[letter]
         alone = [arms[letter] for _, arms in sorted(self.runs.items()) if letter in arms]
         return alone[-1] if alone else None
 
-    def ratio(self, letter: str) -> float | None:
-        """How many times faster (g) is than an arm of the same run; None if none has both."""
+    def ratio(self, letter: str, ours: str = "g") -> float | None:
+        """How many times faster (g), or `ours`, is than an arm of the same run; None if none has
+        both."""
         for _, arms in sorted(self.runs.items(), reverse=True):
-            if letter in arms and "g" in arms and arms["g"]["total_s"]:
-                return arms[letter]["total_s"] / arms["g"]["total_s"]
+            if letter in arms and ours in arms and arms[ours]["total_s"]:
+                return arms[letter]["total_s"] / arms[ours]["total_s"]
         return None
 
     def one_token_ratio(self, letter: str, generated: int) -> float | None:

@@ -40,13 +40,20 @@ class Canvas:
         block_length: int,
         device: torch.device,
         seed: int,
+        dynamic: bool = False,
     ) -> Canvas:
-        """A random prompt of `context` tokens, then masks."""
+        """A random prompt of `context` tokens, then masks.
+
+        dynamic: tell `torch.compile` that the length changes.
+        """
         generator = torch.Generator().manual_seed(seed)
         length = context + generated
         ids = torch.randint(3, shape.mask_token_id, (1, length), generator=generator)
         ids[:, context:] = shape.mask_token_id
-        return cls(ids.to(device), context, block_length, shape.mask_token_id)
+        ids = ids.to(device)
+        if dynamic:
+            torch._dynamo.maybe_mark_dynamic(ids, 1)
+        return cls(ids, context, block_length, shape.mask_token_id)
 
     @property
     def length(self) -> int:
@@ -64,8 +71,9 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Ran:
-    """What an arm's last call was: "refresh", "step", "vanilla" or "exact"; rows computed and, for
-    a step, the rows that it was padded to and whether every layer read all keys."""
+    """What an arm's last call was: "refresh" of all rows, "partial" of some, "step", "vanilla" or
+    "exact"; rows computed and, for a partial refresh or a step, the rows that it was padded to and
+    whether every layer read all keys."""
 
     program: str
     rows: int

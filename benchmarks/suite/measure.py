@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.suite.ceilings import gemm_tflop_s, synchronize
-from benchmarks.suite.cells import Cell
+from benchmarks.suite.cells import BEYOND, Cell
 from benchmarks.suite.loop import (
     Arm,
     Call,
@@ -49,7 +49,8 @@ class Measurement:
 
     @property
     def refreshes(self) -> list[Call]:
-        return self.of("refresh")
+        """At block entries, of all rows or of some."""
+        return [call for call in self.calls if call.program in ("refresh", "partial")]
 
     @property
     def steps(self) -> list[Call]:
@@ -76,12 +77,18 @@ class Measurement:
         return statistics.median(times[1:] or times) if times else None
 
     @property
+    def usual_step_ms(self) -> float:
+        """Mean of the steps that are not one-offs: kinds of steps that alternate all count."""
+        usual = [call.ms for call in self.steps if call.ms <= ONE_OFF * self.step_ms]
+        return statistics.mean(usual or [0.0])
+
+    @property
     def one_off_s(self) -> float:
         """What a new sequence takes once, such as captures of its row counts: steps of more than
-        half as long again as the median, beyond the median. The median hides them, the total
-        must not."""
-        usual = self.step_ms
-        excess = (call.ms - usual for call in self.steps if call.ms > ONE_OFF * usual)
+        half as long again as the median, beyond what is usual."""
+        excess = (
+            call.ms - self.usual_step_ms for call in self.steps if call.ms > ONE_OFF * self.step_ms
+        )
         return sum(excess) / 1e3 if self.refreshes else 0.0
 
     def total_s(self, blocks: int, calls_per_block: int) -> float:
@@ -89,9 +96,9 @@ class Measurement:
         what the sequence took once."""
         calls = blocks * calls_per_block
         if self.refresh_ms is None or self.first_refresh_ms is None:
-            return calls * (self.step_ms + self.sampler_ms) / 1e3
+            return calls * (self.usual_step_ms + self.sampler_ms) / 1e3
         refreshes = self.first_refresh_ms + (blocks - 1) * self.refresh_ms
-        steps = (calls - blocks) * self.step_ms
+        steps = (calls - blocks) * self.usual_step_ms
         return (refreshes + steps + calls * self.sampler_ms) / 1e3 + self.one_off_s
 
 
@@ -117,6 +124,9 @@ class Bench:
     generated: int
     rounds: int = 3
     count_launches: bool = True
+    """By the profiler; for the first tokens per step of a cell, as the kernels are the same."""
+    least_per_step: int = 1
+    dynamic: bool = False
     weights_bytes: int = 0
     seed: int = 0
     _peak_seen: int = 0
@@ -124,7 +134,13 @@ class Bench:
     def canvas(self, cell: Cell) -> Canvas:
         self.seed += 1
         return Canvas.random(
-            self.shape, cell.context, self.generated, cell.block, self.device, self.seed
+            self.shape,
+            cell.context,
+            self.generated,
+            cell.block,
+            self.device,
+            self.seed,
+            self.dynamic,
         )
 
     def vanilla(self, arm: Arm, cell: Cell) -> Measurement:
@@ -141,7 +157,7 @@ class Bench:
         result.compile_s = max(0.0, (cold[0].ms - result.step_ms) / 1e3)
         result.probe_tflop_s.append(self.probe())
         result.peak_gib = self._peak(held)
-        if self.count_launches:
+        if self._counts(cell):
             result.launches, result.host_launches = self.launches(arm, canvas, canvas.block(0))
         return result
 
@@ -152,13 +168,15 @@ class Bench:
     def incremental(
         self, arm: Arm, cell: Cell, between: Callable[[], None] | None = None
     ) -> Measurement:
-        """A cold block with poisoned outputs, then `rounds` blocks of a new sequence."""
+        """A cold block with poisoned outputs, two where a later entry runs another program, then
+        `rounds` blocks of a new sequence."""
         counts = counts_of_block(cell.block, cell.per_step)
         held = self._held()
         poison_free_memory(self.device)
         canvas = self.canvas(cell)
         arm.begin(canvas)
-        cold = decode_blocks(arm, canvas, [0], counts, poison=True)
+        entries = [0, 1] if arm.letter in BEYOND else [0]
+        cold = decode_blocks(arm, canvas, entries[: canvas.blocks], counts, poison=True)
         self._reset_peak()
         canvas = self.canvas(cell)
         arm.begin(canvas)
@@ -171,7 +189,7 @@ class Bench:
         result.probe_tflop_s.append(self.probe())
         result.peak_gib = self._peak(held)
         _split_cold(result)
-        if self.count_launches and len(counts) > 1:
+        if self._counts(cell) and len(counts) > 1:
             result.launches, result.host_launches = self._step_launches(
                 arm, cell, canvas, blocks, counts
             )
@@ -220,6 +238,9 @@ class Bench:
             sum(e.name.startswith(launched) for e in events if e.device_type == DeviceType.CPU),
         )
 
+    def _counts(self, cell: Cell) -> bool:
+        return self.count_launches and cell.per_step == self.least_per_step
+
     def probe(self) -> float:
         return gemm_tflop_s(self.device)
 
@@ -249,12 +270,13 @@ class Bench:
 
 def _split_cold(result: Measurement) -> None:
     """What the cold block took beyond a warm one: the first call, and the steps after it."""
-    warm_refresh, warm_step = result.first_refresh_ms or 0.0, result.step_ms
+    warm = {"refresh": result.first_refresh_ms or 0.0, "partial": result.refresh_ms or 0.0}
     for call in result.cold:
-        if call.program == "refresh":
-            result.cold_refresh_s += max(0.0, call.ms - warm_refresh) / 1e3
+        beyond = max(0.0, call.ms - warm.get(call.program, result.step_ms)) / 1e3
+        if call.program in warm:
+            result.cold_refresh_s += beyond
         else:
-            result.cold_steps_s += max(0.0, call.ms - warm_step) / 1e3
+            result.cold_steps_s += beyond
     result.compile_s = result.cold_refresh_s + result.cold_steps_s
 
 

@@ -12,7 +12,7 @@ from benchmarks.suite.cellbook import CellBook, Entry, headline
 __all__ = ["draw"]
 
 PEERS = {"a": "over eager", "b": "over Inductor", "c": "over Fast-dLLM", "d": "over compiled dual"}
-CACHED = "cdefg"
+CACHED = "cdefgh"
 
 
 def draw(result: dict[str, Any], folder: Path) -> dict[tuple[str, str], list[Path]]:

@@ -104,7 +104,9 @@ class RowMaker:
         refresh, full = spread(measured.refreshes), self._full(cell)
         refresh_ms = measured.refresh_ms
         assert refresh_ms is not None
-        check_floor(f"arm {arm}, a refresh at {cell.context}", min_of(refresh), full)
+        partial = measured.of("partial")
+        whole = spread(measured.of("refresh"))
+        check_floor(f"arm {arm}, a refresh at {cell.context}", min_of(whole), full)
         found = {
             "refreshes": self.generated // cell.block,
             "refresh_ms": refresh_ms,
@@ -113,8 +115,9 @@ class RowMaker:
             "refresh_ms_p90": refresh["p90"],
             "refresh_device_ms": refresh["device_ms"],
             "refresh_floor_ms": full.ms,
-            "refresh_over_floor": refresh_ms / full.ms,
-            "refresh_tflop_s": full.teraflops / refresh_ms * 1e3,
+            "refresh_over_floor": None if partial else refresh_ms / full.ms,
+            "refresh_tflop_s": None if partial else full.teraflops / refresh_ms * 1e3,
+            "partial_rows": statistics.mean(c.ran.rows for c in partial) if partial else None,
         }
         if not measured.steps:
             return found | {"floor_ms": full.ms}

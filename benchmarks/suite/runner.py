@@ -30,7 +30,7 @@ from focus_compile.runtime.store import STORE
 
 __all__ = ["Runner", "Workload"]
 
-ORDER = "bgadcef"
+ORDER = "bghiadcef"
 """The arms that matter most first."""
 COMPOSITION_CONTEXT = 8192
 COMPOSITION_ERROR = 0.02
@@ -47,7 +47,8 @@ class Workload:
     blocks: list[int]
     per_step: list[int]
     alphas: list[float]
-    arms: str
+    arms: dict[str, int | None]
+    """By letter, with the only block length of one or None."""
     generated: int
     rounds: int
     count_launches: bool
@@ -127,6 +128,8 @@ class Runner:
             self.work.generated,
             rounds=self.work.rounds,
             count_launches=self.work.count_launches,
+            least_per_step=min(self.work.per_step),
+            dynamic=self.options.dynamic,
             weights_bytes=weights,
         )
         maker = RowMaker(
@@ -140,13 +143,20 @@ class Runner:
             width=torch.finfo(self.dtype).bits // 8,
         )
         work = self.work
-        groups = groups_of(shape.name, work.contexts, work.blocks, work.per_step, work.alphas)
+        groups = groups_of(
+            shape.name,
+            work.contexts,
+            work.blocks,
+            work.per_step,
+            work.alphas,
+            self.options.dynamic,
+        )
         try:
-            context = None
+            contexts: tuple[int, ...] = ()
             for group in groups:
-                if group.context != context:
+                if group.contexts != contexts:
                     free()
-                    context = group.context
+                    contexts = group.contexts
                     vanilla = make_arm("b", model, shape, group.cells[0], self.options)
                 GroupRun(self, bench, maker, model, group, vanilla).run()
                 if self.out_of_time():
@@ -179,7 +189,8 @@ class GroupRun:
     compiled_vanilla: Arm
 
     def run(self) -> None:
-        chosen = [letter for letter in ORDER if letter in self.runner.work.arms]
+        arms = self.runner.work.arms
+        chosen = [a for a in ORDER if a in arms and arms[a] in (None, self.group.block)]
         for letter in chosen:
             self._arm(letter)
             if self.runner.out_of_time():
@@ -199,6 +210,8 @@ class GroupRun:
             self._report(letter, cell, self.runner.measured[key], shared)
             if self.runner.out_of_time():
                 break
+            if arm is not None and len(self.group.contexts) > 1:
+                arm.release()
         if arm is not None:
             arm.release()
             del arm

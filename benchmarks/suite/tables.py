@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.suite.cellbook import CellBook, Entry, headline
-from benchmarks.suite.cells import ARMS
+from benchmarks.suite.cells import ARMS, BEYOND
 from benchmarks.suite.targets import verdicts
 
 __all__ = ["document"]
 
 PEERS = "abcdef"
+OTHERS = "abcdg"
 
 
 def document(result: dict[str, Any], images: dict[tuple[str, str], list[str]]) -> str:
@@ -21,7 +22,7 @@ def document(result: dict[str, Any], images: dict[tuple[str, str], list[str]]) -
     for device, model, entries in book.parts():
         parts.append(f"## {model} on {device}\n")
         parts += [f"![{link}]({link})\n" for link in images.get((device, model), [])]
-        parts += [_end_to_end(entries), _calls(entries)]
+        parts += [_end_to_end(entries), _beyond(entries), _calls(entries)]
     parts += [_losing(book), _targets(book), _trouble(result), _provenance(result)]
     return "\n".join(part for part in parts if part)
 
@@ -73,6 +74,28 @@ def _end_to_end(entries: list[Entry]) -> str:
     if not rows:
         return ""
     return f"### {generated} tokens, times faster than each peer\n\n" + table(header, rows)
+
+
+def _beyond(entries: list[Entry]) -> str:
+    """(h) and (i) beside the others, where they were measured."""
+    header = ["context", "block", "tokens a call", "α", "arm", "s", "first refresh ms"]
+    header += ["later, ms", "rows of these", "step ms", *(f"over ({a})" for a in OTHERS)]
+    rows = [
+        [entry.context, entry.block, entry.per_step, entry.alpha, f"({arm})", row["total_s"]]
+        + [row["first_refresh_ms"], row["refresh_ms"], row["partial_rows"], row["step_ms"]]
+        + [entry.ratio(letter, arm) for letter in OTHERS]
+        for entry in entries
+        for arm in BEYOND
+        if (row := entry.arm(arm, arm)) is not None
+    ]
+    if not rows:
+        return ""
+    return (
+        "### Beyond the papers, times faster than each\n\n"
+        "How many rows a block entry must renew is measured on a model that answers "
+        "([adaptive refresh](adaptive-refresh.md)), not with these random weights: here it is the "
+        "share `refresh_rows`, without the gate.\n\n" + table(header, rows)
+    )
 
 
 def _calls(entries: list[Entry]) -> str:
@@ -181,9 +204,12 @@ def _provenance(result: dict[str, Any]) -> str:
                 (where.get("commit") or where["source"])[:16],
                 top["copy_tb_s"],
                 top["gemm_tflop_s"],
+                " – ".join(f"{load:.1f}" for load in found.get("load", [])),
+                found.get("inductor_cache"),
             ]
         )
     header = ["run", "device", "torch", "triton", "commit or source", "copy TB/s", "GEMM TFLOP/s"]
+    header += ["load of the host", "Inductor's cache"]
     text = "## Runs and their ceilings\n\n" + table(header, rows)
     checks = [
         [model, c["layers"], c["calls"], c["same_tokens"], c["worst_row_error"], _agreement(c)]

@@ -8,18 +8,12 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.eurobert import modeling_eurobert
 
 from benchmarks.suite.loop import Canvas, Ran
+from focus_compile.kernels.attention.kernel import fastest_sdpa
 
 __all__ = ["VanillaEager", "VanillaInductor"]
-
-FASTEST_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-]
 
 
 class VanillaEager:
@@ -50,7 +44,7 @@ class VanillaInductor(VanillaEager):
 
     letter = "b"
 
-    def __init__(self, model: nn.Module, backend: str = "inductor", dynamic: bool = False):
+    def __init__(self, model: nn.Module, backend: str = "inductor", dynamic: bool | None = False):
         super().__init__(model)
 
         def block_logits(ids: Tensor, rows: Tensor) -> Tensor:
@@ -61,7 +55,7 @@ class VanillaInductor(VanillaEager):
 
     def __call__(self, canvas: Canvas, block: slice) -> Tensor:
         rows = torch.arange(block.start, block.stop, device=canvas.ids.device)
-        with torch.no_grad(), _fast_attention(canvas.ids.device), _no_mask():
+        with torch.no_grad(), fastest_sdpa(canvas.ids.device), _no_mask():
             return self.compiled(canvas.ids, rows)
 
 
@@ -73,10 +67,3 @@ def _no_mask() -> contextlib.AbstractContextManager[Any]:
 
 def _none(**_: Any) -> None:
     """One function for all calls: torch.compile knows it again."""
-
-
-def _fast_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """cuDNN's attention where there is a GPU, at compilation and at calls."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return sdpa_kernel(FASTEST_FIRST, set_priority=True)
