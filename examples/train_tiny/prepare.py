@@ -23,6 +23,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 VOCABULARY = 4096
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|mask|>", "<|prompt|>", "<|response|>")
 PAD, BOS, EOS, MASK, PROMPT, RESPONSE = range(6)
+CHAT_TEMPLATE = (
+    f"{{{{ bos_token }}}}{SPECIAL_TOKENS[PROMPT]}{{{{ messages[-1].content }}}}"
+    f"{{% if add_generation_prompt %}}{SPECIAL_TOKENS[RESPONSE]}{{% endif %}}"
+)
 
 WORDS = 800
 FILLER_CHARACTERS = 600_000
@@ -129,6 +133,7 @@ def write(out: Path, tokenizer: Tokenizer, texts: dict[str, str], words: list[st
                 "pad_token": SPECIAL_TOKENS[PAD],
                 "mask_token": SPECIAL_TOKENS[MASK],
                 "model_max_length": 32768,
+                "chat_template": CHAT_TEMPLATE,
             },
             indent=2,
         )
