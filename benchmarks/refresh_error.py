@@ -83,12 +83,12 @@ def watched() -> Iterator[list[tuple[float, float]]]:
         self.refresh(*args, rows, *state)
         pairs = zip(state[0 : 2 * len(watcher.judged) : 2], state[1::2], strict=False)
         judged = enumerate(zip(watcher.judged, pairs, strict=True))
-        true = max(_true(call, k, v, kept[2 * at + 1]) for at, (call, (k, v)) in judged)
+        actual = max(_true(call, k, v, kept[2 * at + 1]) for at, (call, (k, v)) in judged)
         for tensor, value in zip(state, kept, strict=True):
             tensor.copy_(value)
         moved, size = outputs[-2].unbind(-1)
-        if true:  # in the plan's first-run check nothing is old
-            found.append((float((moved / size).sqrt().max()), true))
+        if actual > 0:  # in the plan's first-run check nothing is old
+            found.append((float((moved / size).sqrt().max()), actual))
         return outputs
 
     Programs.run_partial = run_partial  # type: ignore[method-assign]

@@ -71,7 +71,7 @@ def test_bad_settings() -> None:
         next(fidelity.run(FidelitySettings(gen_length=40)))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("quick_arms")
 def test_a_small_run() -> None:
     names = [*ARMS[:2], ARMS[-1]]

@@ -384,7 +384,7 @@ def test_steps_equal_the_oracle(case: str, policy: str) -> None:
     assert programs[:3] == ["refresh", "step", "step"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("experts", IMPLEMENTATIONS)
 def test_inductor_computes_the_same_for_any_number_of_rows(experts: str) -> None:
     """One artifact of a step serves every number of rows."""
@@ -430,7 +430,7 @@ def block_by_block(model: nn.Module, prompt: list[int], tokens: int, threshold: 
     [
         ("grouped_mm", "eager"),
         ("batched_mm", "eager"),
-        pytest.param("grouped_mm", "inductor", marks=pytest.mark.slow),
+        pytest.param("grouped_mm", "inductor", marks=pytest.mark.long),
     ],
 )
 def test_block_diffusion_decodes_the_same_tokens(experts: str, lowering: str) -> None:
