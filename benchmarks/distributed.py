@@ -1,11 +1,13 @@
-"""A model split over ranks against one rank: milliseconds of a refresh and a step, memory a rank.
+"""Several ranks against one: milliseconds of a refresh and a step, and memory a rank.
 
     torchrun --nproc-per-node 2 -m benchmarks.distributed --json benchmarks/results/tp_cpu.json
     torchrun --nproc-per-node 2 -m benchmarks.distributed --shape llada --contexts 32768,131072
+    torchrun --nproc-per-node 2 -m benchmarks.distributed --parallel context --contexts 1024
 
 On a machine with a GPU for each rank over NCCL, else over gloo on the CPU. Random weights: compute
-ratios, nothing about answers. The first rank measures the whole model by itself while the others
-wait; a length that one card has no memory for leaves the ratios out.
+ratios, nothing about answers. `tensor` splits the model, `context` the keys and values. The first
+rank measures the whole model by itself while the others wait; a length that one card has no memory
+for leaves the ratios out.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,12 +54,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Row:
-    """One length. Ratios are of one rank's time to all ranks', None where one has no room."""
+    """One length. parallel: what the ranks split, "tensor" or "context". Ratios are of one rank's
+    time to all ranks', None where one has no room."""
 
     shape: str
     context: int
     ranks: int
     device: str
+    parallel: str
     one: Measured | None
     split: Measured
     refresh_ratio: float | None = None
@@ -81,12 +85,14 @@ def _prompt(shape: Shape, context: int, device: torch.device, seed: int) -> Tens
     return ids.to(device)
 
 
-def measure(model: nn.Module, shape: Shape, context: int, steps: int, lowering: str) -> Measured:
+def measure(
+    model: nn.Module, shape: Shape, context: int, steps: int, lowering: str, **more: Any
+) -> Measured:
     """Refreshes of new prompts, and steps that decode a token each."""
     device = next(model.parameters()).device
     compiled = focus_compile.compile(
         model, dynamic=False, mask_token_id=shape.mask_token_id, block_length=RESPONSE,
-        logits="response", lowering=lowering, strict=True, **shape.options,
+        logits="response", lowering=lowering, strict=True, **shape.options, **more,
     )  # fmt: skip
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -117,7 +123,9 @@ def _freed() -> None:
         torch.cuda.empty_cache()
 
 
-def cell(shape: Shape, context: int, device: torch.device, steps: int, lowering: str) -> Row:
+def cell(
+    shape: Shape, context: int, device: torch.device, parallel: str, steps: int, lowering: str
+) -> Row:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     one = None
     if dist.get_rank() == 0:
@@ -127,15 +135,19 @@ def cell(shape: Shape, context: int, device: torch.device, steps: int, lowering:
             console.print(f"{context} tokens on one rank: {str(error).splitlines()[0]}")
     _freed()
     dist.barrier()
-    model = split(build(shape, device, dtype), device.type)
-    found = measure(model, shape, context, steps, lowering)
+    model, more = build(shape, device, dtype), {}
+    if parallel == "tensor":
+        model = split(model, device.type)
+    else:
+        more = {"context_parallel": "world"}
+    found = measure(model, shape, context, steps, lowering, **more)
     del model
     _freed()
-    row = Row(shape.name, context, dist.get_world_size(), device.type, one, found)
+    row = Row(shape.name, context, dist.get_world_size(), device.type, parallel, one, found)
     if one is None:
         return row
-    return Row(
-        **{k: getattr(row, k) for k in ("shape", "context", "ranks", "device", "one", "split")},
+    return replace(
+        row,
         refresh_ratio=one.refresh_ms / found.refresh_ms,
         step_ratio=one.step_ms / found.step_ms,
         same_rows=one.rows == found.rows,
@@ -163,6 +175,7 @@ def main(
         str, typer.Option(help="Of the benchmark suite: tiny, llada, dream.")
     ] = "tiny",
     contexts: Annotated[str, typer.Option(help="Prompt tokens.")] = "256,1024",
+    parallel: Annotated[str, typer.Option(help="What is split: tensor or context.")] = "tensor",
     steps: Annotated[int, typer.Option(min=1, max=RESPONSE - WARM - 1)] = 16,
     layers: Annotated[int | None, typer.Option(min=2, help="Fewer layers than the shape.")] = None,
     lowering: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
@@ -171,6 +184,8 @@ def main(
     """Measure every length."""
     if "RANK" not in os.environ:
         raise typer.BadParameter("start it with torchrun --nproc-per-node N")
+    if parallel not in ("tensor", "context"):
+        raise typer.BadParameter("--parallel is tensor or context")
     on_gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.device("cuda" if on_gpus else "cpu")
     if on_gpus:
@@ -179,7 +194,7 @@ def main(
         torch.set_num_threads(1)
     dist.init_process_group("nccl" if on_gpus else "gloo", timeout=datetime.timedelta(hours=2))
     sizes = SHAPES[shape] if layers is None else SHAPES[shape].with_layers(layers)
-    rows = [cell(sizes, int(c), device, steps, lowering) for c in contexts.split(",")]
+    rows = [cell(sizes, int(c), device, parallel, steps, lowering) for c in contexts.split(",")]
     peaks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(peaks, [row.split.peak_gib for row in rows])
     if dist.get_rank() == 0:

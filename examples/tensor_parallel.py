@@ -10,6 +10,8 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +49,11 @@ Calls = list[tuple[str, int, dict[str, int]]]
 
 
 def decode(
-    model: nn.Module, prompt: Tensor, args: argparse.Namespace
+    model: nn.Module, prompt: Tensor, args: argparse.Namespace, **more: Any
 ) -> tuple[Tensor, Calls, float]:
     """Tokens; the program, rows and keys of every call; seconds."""
     model = focus_compile.compile(
-        model, strict=True, policy=args.policy, lowering=args.lowering, block_length=32
+        model, strict=True, policy=args.policy, lowering=args.lowering, block_length=32, **more
     )
     options = {"gen_length": args.gen_length, "block_length": 32}
     generate(model, prompt, **options)  # compiles
@@ -62,16 +64,19 @@ def decode(
     return ids, [(call.program, call.rows, call.keys) for call in history], seconds
 
 
-@record
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def compare(
+    description: str, spread: Callable[[nn.Module, str], nn.Module] | None = None, **more: Any
+) -> int:
+    """Decode over all ranks, of the model that `spread` makes or with `more` options, and on the
+    first rank alone; 1 where tokens differ."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--length", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--gen-length", type=int, default=64)
     parser.add_argument("--policy", default="focus-dllm")
     parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor")
     args = parser.parse_args()
     if "RANK" not in os.environ:
-        parser.error("start it with torchrun --nproc-per-node 2 examples/tensor_parallel.py")
+        parser.error(f"start it with torchrun --nproc-per-node 2 {sys.argv[0]}")
 
     local = int(os.environ["LOCAL_RANK"])
     device = "cuda" if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]) else "cpu"
@@ -85,7 +90,9 @@ def main() -> int:
     whole, tokenizer = demo.load()
     question = retrieval.make(tokenizer, args.length, response=args.gen_length)
     prompt = torch.tensor([question.prompt_ids], device=device)
-    ids, calls, seconds = decode(split(demo.load()[0].to(device), device), prompt, args)
+    model = demo.load()[0].to(device)
+    model = model if spread is None else spread(model, device)
+    ids, calls, seconds = decode(model, prompt, args, **more)
 
     torch.compiler.reset()
     same = True
@@ -96,13 +103,20 @@ def main() -> int:
         text = tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
         print(f"{question.score(text)} of {len(question.pairs)} answers right")
         different = int((ids != expected).sum())
+        same = different == 0
         others = sum(a != b for a, b in zip(calls, expected_calls, strict=False))
-        print(f"{others} of {len(calls)} calls chose other rows: sums over ranks round differently")
+        if others:
+            print(f"{others} of {len(calls)} calls chose other rows: ranks round sums differently")
         print("the same tokens" if same else f"{different} tokens DIFFER")
     verdict = torch.tensor([same], device=device)
     dist.broadcast(verdict, 0)  # the others wait here for the first
     dist.destroy_process_group()
     return 0 if bool(verdict) else 1
+
+
+@record
+def main() -> int:
+    return compare(__doc__, split)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from focus_compile.capture import (
     inputs_of,
 )
 from focus_compile.config import BLOCK_POLICIES, TORCH_MODES, FocusConfig
-from focus_compile.distributed.agreement import group_of, require_same, why_lost
+from focus_compile.distributed.agreement import group_named, group_of, require_same, why_lost
 from focus_compile.distributed.local_graph import is_split
 from focus_compile.errors import FocusError, PassError, RanksError
 from focus_compile.fallback import forget, refuse
@@ -218,6 +218,8 @@ def compile_graph(
 def _require_ranks_agree(call: BackendCall, example_inputs: Sequence[Any]) -> None:
     """Raise RanksError, on all ranks, where what they would run differs."""
     group = group_of(example_inputs) if is_split(example_inputs) else None
+    if group is None and call.config.context_parallel is not None:
+        group = group_named(call.config.context_parallel)
     if group is not None:
         require_same(group, _facts(call))
 
@@ -237,19 +239,20 @@ def _facts(call: BackendCall) -> dict[str, Any]:
             {name: site[name] for name in ("heads", "kv_heads", "head_dim", "dtype", "region")}
             for site in known["sites"]
         ]
-        facts["collectives"] = known["ranks"]
+        facts["collectives"] = [known["ranks"], known["shards"]]
     return facts
 
 
 def _over_ranks(captured: Capture, dispatcher: Dispatcher) -> Callable[..., Any]:
-    """The dispatcher, given what this rank holds of each DTensor."""
+    """The dispatcher, given what this rank holds of each DTensor, and saying so where another rank
+    is gone."""
     local = captured.local
-    if local is None:
+    if local is None and dispatcher.agreement is None:
         return dispatcher
 
     def call(*args: Any) -> Any:
         try:
-            return dispatcher(*local.local(args))
+            return dispatcher(*(args if local is None else local.local(args)))
         except RuntimeError as error:
             lost = why_lost(error)
             if lost is None or isinstance(error, FocusError):

@@ -120,6 +120,10 @@ class FocusConfig:
     rows. None: on a GPU."""
     cuda_graphs: bool = True
     """Replay a step as one CUDA graph per bucket. No effect on the CPU."""
+    context_parallel: str | None = None
+    """Ranks that each hold the keys and values of a part of every sequence: "world", or the name of
+    a torch.distributed group. A ProcessGroup or a DeviceMesh of one dimension is taken for its
+    name. docs/distributed.md."""
     strict: bool = False
     """Raise instead of running the exact program when a model or a call is refused."""
     dryrun: bool = False
@@ -131,10 +135,13 @@ class FocusConfig:
         buckets: object = self.buckets
         if isinstance(buckets, list):
             object.__setattr__(self, "buckets", tuple(buckets))
+        object.__setattr__(self, "context_parallel", _name_of_group(self.context_parallel))
         for field in dataclasses.fields(self):
             _CHECKS[field.name](field.name, getattr(self, field.name))
         if self.policy == COMBINED:
             _check_unread(self)
+        if self.context_parallel is not None:
+            _check_shared(self)
 
     @classmethod
     def from_options(
@@ -227,6 +234,30 @@ _UNREAD = {
     "window": "evict_alpha says how many rows stay",
     "refresh": "keys and values of finished blocks are final",
 }
+
+
+def _name_of_group(group: Any) -> Any:
+    """The name of a process group, or of that of a device mesh; anything else as it is."""
+    if callable(getattr(group, "get_group", None)) and group.ndim == 1:
+        group = group.get_group()
+    return getattr(group, "group_name", group)
+
+
+def _check_shared(config: FocusConfig) -> None:
+    """Raise OptionError where keys that are spread over ranks have no form."""
+    without = None
+    if config.policy in BLOCK_POLICIES:
+        without = f"policy={config.policy!r}"
+    elif config.refresh == "adaptive":
+        without = 'refresh="adaptive"'
+    if without is not None:
+        expected = f"None with {without}, which has no form for keys spread over ranks"
+        raise OptionError.invalid("context_parallel", config.context_parallel, expected)
+
+
+def _group(name: str, value: object) -> None:
+    expected = '"world", the name of a process group, the group or a device mesh of one dimension'
+    _expect(value is None or (isinstance(value, str) and value != ""), name, value, expected)
 
 
 def _expect(condition: bool, name: str, value: object, expected: str) -> None:
@@ -325,6 +356,7 @@ _CHECKS: dict[str, Any] = {
     "merge_projections": _optional_flag,
     "dense_if_faster": _optional_flag,
     "cuda_graphs": _flag,
+    "context_parallel": _group,
     "strict": _flag,
     "dryrun": _flag,
     "lowering": _one_of(LOWERINGS),

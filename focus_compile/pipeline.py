@@ -46,6 +46,9 @@ from focus_compile.passes.partial_refresh import BuildPartialRefresh
 from focus_compile.passes.refresh_program import BuildRefresh
 from focus_compile.passes.remove_no_ops import RemoveNoOps, autocast_is_on
 from focus_compile.passes.row_builder import kept_lists
+from focus_compile.passes.shard_nodes import shards_of
+from focus_compile.passes.sharded_refresh import BuildShardedRefresh
+from focus_compile.passes.sharded_step import BuildShardedStep
 from focus_compile.passes.step_program import BuildStep
 from focus_compile.passes.token_axis import NotTokenWise, prove_rows
 from focus_compile.plan import FRAGMENT, InputRole, Plan, Ranks, Refusal, Site, Tail
@@ -155,11 +158,11 @@ def plan_graph(captured: Capture, config: FocusConfig) -> tuple[Pipeline, Plan]:
 
 def build_programs(pipeline: Pipeline, plan: Plan) -> ProgramGraphs:
     """The refresh and step graphs of an accepted plan."""
-    refresh = BuildRefresh(plan).apply(pipeline.gm)
-    step = BuildStep(plan).apply(pipeline.gm)
+    refresh = _refresh_of(plan, pipeline.gm)
+    step = _step_of(plan, pipeline.gm)
     pipeline.dump("refresh", refresh)
     pipeline.dump("step", step)
-    again = BuildStep(plan, choose=False).apply(pipeline.gm) if kept_lists(plan) else None
+    again = _step_of(plan, pipeline.gm, choose=False) if kept_lists(plan) else None
     if again is not None:
         pipeline.dump("step-again", again)
     merged: tuple[MergedWeights, ...] = ()
@@ -175,6 +178,14 @@ def build_programs(pipeline: Pipeline, plan: Plan) -> ProgramGraphs:
         partial = BuildPartialRefresh(plan).apply(pipeline.gm)
         pipeline.dump("partial-refresh", partial)
     return ProgramGraphs(refresh, step, partial, again, merged)
+
+
+def _refresh_of(plan: Plan, gm: fx.GraphModule) -> fx.GraphModule:
+    return (BuildRefresh if plan.shards is None else BuildShardedRefresh)(plan).apply(gm)
+
+
+def _step_of(plan: Plan, gm: fx.GraphModule, choose: bool = True) -> fx.GraphModule:
+    return (BuildStep if plan.shards is None else BuildShardedStep)(plan, choose).apply(gm)
 
 
 def weight_rows(gm: fx.GraphModule, plan: Plan) -> dict[str, int]:
@@ -221,6 +232,7 @@ def _analyse(
         vocabulary=vocabulary,
     )
     plan = _with_ranks(_with_key_costs(plan, ids, gm.graph, config), gm.graph, config)
+    plan = _with_shards(plan, config)
     refusals = plan.refusals or _refusals(plan, gm.graph, matching, folding, config)
     if refusals:
         return replace(plan, refusals=tuple(refusals))
@@ -242,8 +254,8 @@ def _analyse(
             return replace(plan, refusals=(whole.refusal,))
         pipeline.dump(CutTail.name, gm)
     try:
-        BuildRefresh(plan).apply(gm)
-        BuildStep(plan).apply(gm)
+        _refresh_of(plan, gm)
+        _step_of(plan, gm)
         if plan.partial_refresh:
             BuildPartialRefresh(plan).apply(gm)
     except PassError as error:
@@ -326,6 +338,29 @@ def _with_ranks(plan: Plan, graph: fx.Graph, config: FocusConfig) -> Plan:
     added = len(plan.sites_of("sparse-suffix")) + len(plan.sites_of("sink-capture"))
     added += config.policy in EVICTING_POLICIES
     return replace(plan, ranks=replace(ranks, added=added))
+
+
+def _with_shards(plan: Plan, config: FocusConfig) -> Plan:
+    """The plan with the ranks that hold its keys and values, if there are several."""
+    if config.context_parallel is None or plan.refusals:
+        return plan
+    shards = shards_of(config.context_parallel)
+    if shards.size == 1:
+        return plan
+    if plan.ranks is not None:
+        return replace(plan, refusals=(_SPLIT_AND_SHARED,))
+    captures, sparse = len(plan.sites_of("sink-capture")), len(plan.sites_of("sparse-suffix"))
+    shards = replace(shards, joins=len(plan.sites), choices=captures + sparse)
+    plan = replace(plan, shards=shards)
+    length = plan.length
+    short = plan.why_not_shared(int(length)) if length.is_Integer else None
+    return plan if short is None else replace(plan, refusals=(Refusal(short),))
+
+
+_SPLIT_AND_SHARED = Refusal(
+    "the model is split over ranks, and so would be its keys and values (context_parallel)",
+    remedy="Use one of both.",
+)
 
 
 def _find_ids(
@@ -442,6 +477,8 @@ def _with_key_costs(plan: Plan, ids: fx.Node, graph: fx.Graph, config: FocusConf
     sparse = plan.sites_of("sparse-suffix")
     tensor = tensor_of(ids)
     if tensor is None or not sparse:
+        return plan
+    if config.context_parallel is not None:  # what a collective costs is not known here
         return plan
     if not (tensor.is_cuda if config.dense_if_faster is None else config.dense_if_faster):
         return plan

@@ -23,6 +23,7 @@ __all__ = [
     "Refusal",
     "RowAxes",
     "RowOp",
+    "Shards",
     "Site",
     "Tail",
 ]
@@ -187,6 +188,31 @@ class Ranks:
         return {"size": self.size, "collectives": own, "added_by_step": self.added}
 
 
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """The processes that the keys and values of every sequence are spread over, by position.
+
+    group: its name in torch.distributed; rank: which of them this is; joins, choices: collectives
+    of a step that join attention, and that bring scores together before keys are chosen.
+    """
+
+    group: str
+    size: int
+    rank: int
+    joins: int = 0
+    choices: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.size} hold the keys and values, by position; collectives of a step: "
+            f"{self.joins} join attention, {self.choices} gather scores; a refresh gathers the "
+            "keys and values of a layer at a time, a call has one of its decisions"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"size": self.size, "joins": self.joins, "choices": self.choices}
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything the rewrites and the runtime need to know of one captured graph."""
@@ -220,6 +246,8 @@ class Plan:
     """Outputs of the graph that are values of inputs written in place: (output, input)."""
     ranks: Ranks | None = None
     """Where the model is split over processes; its heads are then those of this one."""
+    shards: Shards | None = None
+    """Where keys and values are spread over processes; every one has the whole model."""
     key_costs: KeyCosts | None = None
     """What choosing keys and reading all would cost, where that was measured."""
     refusals: tuple[Refusal, ...] = ()
@@ -230,6 +258,26 @@ class Plan:
     def sink_blocks(self) -> int:
         """The first key blocks, which hold `sink_tokens` positions."""
         return -(-self.sink_tokens // self.key_block)
+
+    @property
+    def held_length(self) -> sympy.Expr:
+        """Positions that the caches have room for: all, or a shard of whole key blocks."""
+        return self.length if self.shards is None else self.shard_of(self.length)
+
+    def shard_of(self, length: Any) -> Any:
+        """Positions of a shard of a sequence so long; the last rank may have fewer."""
+        assert self.shards is not None
+        share = self.shards.size * self.key_block
+        return (length + share - 1) // share * self.key_block
+
+    def why_not_shared(self, length: int) -> str | None:
+        """Why a sequence so long cannot be spread over the ranks, if so."""
+        if self.shards is None or self.shard_of(length) * (self.shards.size - 1) < length:
+            return None
+        return (
+            f"{length} tokens are too few to give each of {self.shards.size} ranks a part of whole "
+            f"key blocks of {self.key_block} tokens"
+        )
 
     @cached_property
     def ids(self) -> InputRole:
@@ -277,6 +325,7 @@ class Plan:
             "evict_layer": self.evict_layer,
             "key_costs": None if self.key_costs is None else self.key_costs.to_dict(),
             "ranks": None if self.ranks is None else self.ranks.to_dict(),
+            "shards": None if self.shards is None else self.shards.to_dict(),
             "tail": None if self.tail is None else self.tail.to_dict(),
             "inputs": [
                 {"position": item.position, "name": item.name, "role": item.role}
@@ -321,6 +370,8 @@ class Plan:
             lines.append(f"  computed in full, rows selected: {', '.join(gathered) or 'nothing'}")
         if self.ranks is not None:
             lines.append(f"  ranks: {self.ranks}")
+        if self.shards is not None:
+            lines.append(f"  ranks: {self.shards}")
         if self.tail is not None:
             lines.append(f"  in full behind the model: {self.tail}")
         guarded = [item.name for item in self.inputs if item.role == "guarded"]

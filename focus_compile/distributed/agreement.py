@@ -19,6 +19,7 @@ from focus_compile.errors import RanksError
 __all__ = ["Agreement", "group_named", "group_of", "of_first_rank", "require_same", "why_lost"]
 
 T = TypeVar("T")
+WORLD = "world"
 IDS_DIFFER, DECISIONS_DIFFER = 1, 2
 _LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "recvBytes")
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -49,11 +50,29 @@ def group_of(values: Sequence[Any]) -> Any:
 
 
 def group_named(name: str) -> Any:
-    """The process group that torch.distributed calls so."""
+    """The process group that torch.distributed calls so; "world": that of all processes.
+
+    Raises:
+        RanksError: there is none.
+    """
+    from torch import distributed as dist
     from torch.distributed import distributed_c10d
 
+    if not dist.is_initialized():
+        raise RanksError(
+            f"focus_compile: there is no process group {name!r}, as torch.distributed was not "
+            "started. Run under torchrun, and call torch.distributed.init_process_group first."
+        )
+    if name == WORLD:
+        return dist.group.WORLD
     resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
-    return resolve(name)
+    try:
+        return resolve(name)
+    except (RuntimeError, ValueError) as error:
+        raise RanksError(
+            f"focus_compile: this process is in no process group {name!r}. Give the group itself, "
+            "or its group_name."
+        ) from error
 
 
 def require_same(group: Any, facts: dict[str, Any]) -> None:

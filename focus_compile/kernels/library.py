@@ -28,6 +28,7 @@ ATTENTION = (
     "attention",
     "attention_with_lse",
     "sparse_attention",
+    "sparse_attention_of_shard",
     "ragged_attention",
     "ragged_sparse_attention",
 )

@@ -21,7 +21,7 @@ from focus_compile.passes.collectives import insert_sum_over_ranks
 from focus_compile.passes.row_builder import RowBuilder
 from focus_compile.plan import Plan, RowOp, Site
 
-__all__ = ["STEP_INPUTS", "ActiveRowsBuilder", "BuildStep"]
+__all__ = ["STEP_INPUTS", "ActiveRowsBuilder", "BuildStep", "StepBuilder"]
 
 aten = torch.ops.aten
 STEP_INPUTS = ("rows", "row_weight", "focus_weight", "candidates", "keep")
@@ -42,7 +42,7 @@ class BuildStep:
 
     def apply(self, gm: fx.GraphModule) -> fx.GraphModule:
         """A graph of (model inputs, STEP_INPUTS, state) -> (*row outputs, sinks)."""
-        return _StepBuilder(gm, self.plan, self.choose).build()
+        return StepBuilder(gm, self.plan, self.choose).build()
 
 
 class ActiveRowsBuilder(RowBuilder):
@@ -75,7 +75,7 @@ class ActiveRowsBuilder(RowBuilder):
         return cache
 
 
-class _StepBuilder(ActiveRowsBuilder):
+class StepBuilder(ActiveRowsBuilder):
     """Each site attends as its region says."""
 
     def __init__(self, gm: fx.GraphModule, plan: Plan, choose: bool) -> None:
@@ -87,32 +87,38 @@ class _StepBuilder(ActiveRowsBuilder):
         return [] if self.sinks is None else [self.sinks]
 
     def site(self, node: fx.Node, row: RowOp, site: Site) -> fx.Node:
-        ops = torch.ops.focus_compile
         query, new_key, new_value = (self.argument(a, row) for a in node.args[:3])
-        mask = self.argument(node.args[3], row)
-        scale = node.args[4]
         key = self.write(f"key_cache_{site.index}", new_key)
         value = self.write(f"value_cache_{site.index}", new_value)
-        call, inputs = self.graph.call_function, self.inputs
+        return self.attend(node, row, site, query, key, value)
+
+    def attend(
+        self, node: fx.Node, row: RowOp, site: Site, query: fx.Node, key: fx.Node, value: fx.Node
+    ) -> fx.Node:
+        """The attention of the active rows' queries to the caches."""
+        ops, call, inputs = torch.ops.focus_compile, self.graph.call_function, self.inputs
+        mask, scale = self.argument(node.args[3], row), node.args[4]
         if site.region == "sparse-suffix":
-            if self.sinks is None:
-                self.sinks = self._first_positions()
-            blocks = self._blocks(site, query)
+            blocks = self.blocks(site, query)
             return call(
                 ops.sparse_attention.default,
-                (query, key, value, blocks, self.sinks, inputs["candidates"],
+                (query, key, value, blocks, self.sinks_read(), inputs["candidates"],
                  self.plan.key_block, mask, scale),
             )  # fmt: skip
         if site.region == "sink-capture" and self.choose:
             attended = call(ops.attention_with_lse.default, (query, key, value, mask, scale))
             lse = call(operator.getitem, (attended, 1))
-            limit = self.values.call(aten.mul.Tensor, inputs["candidates"], self.plan.key_block)
-            attention = (query, key, lse, inputs["row_weight"], mask, limit)
-            self.sinks = self._left("kept_sinks", self._captured_sinks(attention, scale))
+            self.capture((query, key, lse, inputs["row_weight"], mask), scale)
             return call(operator.getitem, (attended, 0))
         return call(ops.attention.default, (query, key, value, mask, scale))
 
-    def _blocks(self, site: Site, query: fx.Node) -> fx.Node:
+    def capture(self, attention: tuple[Any, ...], scale: Any) -> None:
+        """Have the layers that follow read the sinks of this attention (query, key, lse, weight,
+        mask)."""
+        limit = self.values.call(aten.mul.Tensor, self.inputs["candidates"], self.plan.key_block)
+        self.sinks = self._left("kept_sinks", self.captured_sinks(attention, limit, scale))
+
+    def blocks(self, site: Site, query: fx.Node) -> fx.Node:
         """The key blocks that a sparse site reads, [batch, blocks], chosen by the heads of all
         ranks, or by an earlier step."""
         ops, call, inputs = torch.ops.focus_compile, self.graph.call_function, self.inputs
@@ -121,11 +127,15 @@ class _StepBuilder(ActiveRowsBuilder):
             return inputs[name]
         relevance = (query, inputs["focus_weight"], inputs[f"summaries_{site.index}"])
         kept = (inputs["candidates"], inputs["keep"])
-        if self.plan.ranks is None:
+        if self.plan.ranks is None and self.plan.shards is None:
             return self._left(name, call(ops.select_blocks.default, (*relevance, *kept)))
-        scores = call(ops.block_relevance.default, relevance)
-        scores = insert_sum_over_ranks(self.graph, scores, self.plan.ranks.group)
+        scores = self.relevance_of_all(call(ops.block_relevance.default, relevance))
         return self._left(name, call(ops.keep_blocks.default, (scores, *kept)))
+
+    def relevance_of_all(self, scores: fx.Node) -> fx.Node:
+        """The relevance [batch, blocks] of all key blocks to all heads, of what this rank knows."""
+        assert self.plan.ranks is not None
+        return insert_sum_over_ranks(self.graph, scores, self.plan.ranks.group)
 
     def _left(self, name: str, chosen: fx.Node) -> fx.Node:
         """What was chosen, left in the state where later steps read it."""
@@ -133,17 +143,23 @@ class _StepBuilder(ActiveRowsBuilder):
             return chosen
         return self.graph.call_function(aten.copy_.default, (self.inputs[name], chosen))
 
-    def _captured_sinks(self, attention: tuple[Any, ...], scale: Any) -> fx.Node:
-        """The sinks by the attention (query, key, lse, weight, mask, limit) of all ranks' heads."""
+    def captured_sinks(self, attention: tuple[Any, ...], limit: fx.Node, scale: Any) -> fx.Node:
+        """The sinks before `limit`, by the attention of all ranks' heads."""
         ops, call, count = torch.ops.focus_compile, self.graph.call_function, self.plan.sink_tokens
         if self.plan.ranks is None:
-            return call(ops.capture_sinks.default, (*attention, count, scale))
-        scores = call(ops.sink_scores.default, (*attention, scale))
+            return call(ops.capture_sinks.default, (*attention, limit, count, scale))
+        scores = call(ops.sink_scores.default, (*attention, limit, scale))
         scores = insert_sum_over_ranks(self.graph, scores, self.plan.ranks.group)
-        return call(ops.keep_sinks.default, (scores, attention[-1], count))
+        return call(ops.keep_sinks.default, (scores, limit, count))
+
+    def sinks_read(self) -> fx.Node:
+        """The sinks of a sparse layer, [batch, sink_tokens]: the first positions where no layer
+        captures them."""
+        if self.sinks is None:
+            self.sinks = self._first_positions()
+        return self.sinks
 
     def _first_positions(self) -> fx.Node:
-        """The sinks where no layer captures them, [batch, sink_tokens]."""
         count, device = self.plan.sink_tokens, self.inputs["rows"].meta["device"]
         first = self.graph.call_function(aten.arange.default, (count,), {"device": device})
         return self.values.call(

@@ -342,7 +342,7 @@ class Dispatcher:
             return _INFERENCE_WEIGHTS
         if self._too_many is not None and call.ids.numel() >= self._too_many:
             return f"{_NO_ROOM} with {self._too_many} tokens. {_LESS_MEMORY}"
-        return None
+        return self.plan.why_not_shared(call.ids.shape[1])
 
     def _no_room(self, args: Sequence[Any]) -> str:
         """The reason why this call and larger ones run exactly from now on."""

@@ -160,7 +160,10 @@ class Inspector:
     def _take(self, name: str, arguments: tuple[Any, ...], result: Any) -> None:
         if name == "ragged_select_blocks":
             self._blocks.append(result.clone())
-        elif name == "sparse_attention":  # chosen in this step or an earlier one
+        elif name in (
+            "sparse_attention",
+            "sparse_attention_of_shard",
+        ):  # chosen in this step or an earlier one
             self._blocks.append(arguments[3].clone())
             self._sinks = arguments[4].clone()
 
@@ -171,8 +174,11 @@ class Inspector:
         with tapped(self._take if self._keys else None):
             yield
 
-    def refresh(self, work: Callable[[], T], rows: Tensor, prompt: Tensor, count: int) -> T:
-        """The result of `work`, a forward of all rows.
+    def refresh(
+        self, work: Callable[[], T], rows: Tensor, prompt: Tensor, count: int, alone: bool = True
+    ) -> T:
+        """The result of `work`, a forward of all rows. alone: by this rank; else its queries are of
+        other rows than theirs, and attention is not looked at.
 
         rows bool [batch, length]: those whose attention is looked at; prompt int64 [batch]: the
         positions that it may be drawn to, from the first on; count: how many of them are noted.
@@ -180,7 +186,7 @@ class Inspector:
         self.computed(torch.ones_like(rows))
         self._blocks.clear()
         self._sinks = self._focus = None
-        if not self._attention:
+        if not (self._attention and alone):
             return work()
         none = ~rows.any(1)
         rows = rows.clone()

@@ -44,21 +44,23 @@ MOST_PROBES = 128
 
 
 def state_shapes(plan: Plan) -> dict[str, tuple[sympy.Expr, ...]]:
-    """Shape of every state tensor: K/V [batch, kv_heads, length, head_dim], summaries by block."""
+    """Shape of every state tensor: K/V [batch, kv_heads, length, head_dim], summaries by block; of
+    the shard that this rank holds, where keys are spread over ranks."""
     shapes: dict[str, tuple[sympy.Expr, ...]] = {}
 
     def per_head(site: Site, length: sympy.Expr, width: int) -> tuple[sympy.Expr, ...]:
         return (plan.batch, sympy.Integer(site.kv_heads), length, sympy.Integer(width))
 
     for site in plan.sites:
-        shapes[f"key_cache_{site.index}"] = per_head(site, plan.length, site.head_dim)
-        shapes[f"value_cache_{site.index}"] = per_head(site, plan.length, site.head_dim)
+        shapes[f"key_cache_{site.index}"] = per_head(site, plan.held_length, site.head_dim)
+        shapes[f"value_cache_{site.index}"] = per_head(site, plan.held_length, site.head_dim)
     for site in plan.sites_of("sparse-suffix"):
         width = summary_width(site.head_dim, plan.block_summary)
-        blocks = plan.length // plan.key_block
+        blocks = plan.held_length // plan.key_block
         shapes[f"summaries_{site.index}"] = per_head(site, blocks, width)
     for name in kept_lists(plan):
-        entries = sympy.Integer(plan.sink_tokens) if name == "kept_sinks" else blocks
+        every = blocks if plan.shards is None else blocks * plan.shards.size
+        entries = sympy.Integer(plan.sink_tokens) if name == "kept_sinks" else every
         shapes[name] = (plan.batch, entries)
     assert list(shapes) == cache_names(plan)
     return shapes

@@ -44,7 +44,8 @@ class TrajectoryCalls:
         self, plan: Plan, programs: Programs, config: FocusConfig, policy: Policy | None
     ) -> None:
         self.plan, self.programs, self.config, self.policy = plan, programs, config, policy
-        self.agreement = None if plan.ranks is None else Agreement(plan.ranks.group)
+        over = plan.ranks or plan.shards
+        self.agreement = None if over is None else Agreement(over.group)
         self._mask_token_id = -1 if config.mask_token_id is None else config.mask_token_id
 
     def answer(
@@ -129,6 +130,7 @@ class TrajectoryCalls:
             undecided,
             t.blocks.response_start,
             self.plan.sink_tokens or TOP_TOKENS,
+            alone=self.plan.shards is None,
         )
 
     def _renew(self, trajectory: Trajectory, args: Sequence[Any], why: str) -> Outcome:

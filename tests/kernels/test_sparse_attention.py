@@ -8,7 +8,7 @@ from torch import Tensor
 
 from focus_compile.kernels.attention.op import attention
 from focus_compile.kernels.sparse_attention import reference
-from focus_compile.kernels.sparse_attention.op import sparse_attention
+from focus_compile.kernels.sparse_attention.op import sparse_attention, sparse_attention_of_shard
 from tests.kernels.strategies import (
     Problem,
     assert_as_accurate,
@@ -196,3 +196,47 @@ def test_bad_input(change: dict[str, object], error: type[Exception], message: s
     }
     with pytest.raises(error, match=f"sparse_attention: .*{message}"):
         sparse_attention(**{**good, **change})  # type: ignore[arg-type]
+
+
+def of_shards(problem: Problem, keys: KeySet, shard_blocks: int) -> Tensor:
+    """The mean over shards of so many key blocks each, weighted by their normalisers."""
+    p, width = problem, shard_blocks * keys[3]
+    outs, sums = [], []
+    for first in range(0, p.k.shape[2], width):
+        own = slice(first, first + width)
+        mask = p.mask[..., own] if p.mask is not None and p.mask.shape[-1] > 1 else p.mask
+        key, value = p.k[:, :, own], p.v[:, :, own]
+        out, lse = sparse_attention_of_shard(
+            p.q, key, value, *keys[:3], first, keys[3], mask, p.scale
+        )
+        exact_out, exact_lse = reference.sparse_attention_of_shard(
+            p.q.double(), key.double(), value.double(), *keys[:3], first, keys[3],
+            mask if mask is None or mask.dtype == torch.bool else mask.double(), p.scale,
+        )  # fmt: skip
+        assert out.is_contiguous()
+        assert lse.is_contiguous()
+        assert not out.isnan().any()
+        torch.testing.assert_close(lse, exact_lse, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out.double(), exact_out, rtol=0.05, atol=0.05)
+        outs.append(exact_out)
+        sums.append(exact_lse.double())
+    whole = torch.stack(sums).logsumexp(0)
+    whole = whole.where(whole > -torch.inf, 0.0)
+    return sum((lse - whole).exp()[..., None] * out for lse, out in zip(sums, outs, strict=True))  # type: ignore[return-value]
+
+
+@fuzzed
+@given(sparse_problems(), st.integers(1, 4))
+def test_shards_joined_are_the_whole(case: tuple[Problem, KeySet], shard_blocks: int) -> None:
+    problem, keys = case
+    torch.testing.assert_close(
+        of_shards(problem, keys, shard_blocks), exact(problem, keys), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_shard_begins_at_a_block() -> None:
+    q = torch.zeros(1, 1, 1, 8)
+    k = torch.zeros(1, 1, 4, 8)
+    lists = torch.zeros((1, 1), dtype=torch.int64)
+    with pytest.raises(ValueError, match="first must be a multiple of key_block"):
+        sparse_attention_of_shard(q, k, k, lists, lists, lists[0], 3, 2, None, 1.0)

@@ -28,6 +28,7 @@ pytest.importorskip("triton")
 from focus_compile.kernels.attention import kernel as dense_kernel
 from focus_compile.kernels.attention.op import attention
 from focus_compile.kernels.sparse_attention import kernel as sparse_kernel
+from focus_compile.kernels.sparse_attention import reference as sparse_reference
 from focus_compile.kernels.sparse_attention.op import sparse_attention
 from focus_compile.kernels.split_kv import KeyList, attend
 from focus_compile.kernels.tiling import H100, Device, Tiling, choose_splits, choose_tiling
@@ -91,6 +92,27 @@ def test_listed_keys(device: str, data: st.DataObject) -> None:
     problem = data.draw(problems(dtypes=DOT_DTYPES[device]))
     keys = data.draw(key_sets(problem))
     check_sparse(problem, keys, device, data.draw(st.sampled_from(SMALL_TILES)))
+
+
+@each_device
+@few
+@given(data=st.data())
+def test_listed_keys_of_a_shard(device: str, data: st.DataObject) -> None:
+    problem = data.draw(problems(dtypes=DOT_DTYPES[device], masks=("none",)))
+    blocks, sinks, candidates, key_block = data.draw(key_sets(problem))
+    width = key_block * data.draw(st.integers(1, 4))
+    p, lists = on(problem, device), [moved(ids, device) for ids in (blocks, sinks, candidates)]
+    for first in range(0, p.k.shape[2], width):
+        own = slice(first, first + width)
+        rest = (first, key_block, None, p.scale)
+        found = sparse_kernel.sparse_attention_of_shard(
+            p.q, p.k[:, :, own], p.v[:, :, own], *lists, *rest
+        )
+        expected = sparse_reference.sparse_attention_of_shard(
+            p.q.double(), p.k[:, :, own].double(), p.v[:, :, own].double(), *lists, *rest
+        )
+        torch.testing.assert_close(found[0].double(), expected[0], rtol=0.02, atol=0.02)
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-4)
 
 
 @each_device

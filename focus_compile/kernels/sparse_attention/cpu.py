@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from focus_compile.kernels.attention.cpu import attention
+from focus_compile.kernels.attention.cpu import attention, attention_with_lse
+from focus_compile.kernels.sparse_attention.op import in_shard
 
 
 def sparse_attention(
@@ -23,6 +24,39 @@ def sparse_attention(
     Each sequence's keys are listed exactly, so sequences that read equally many keys (always true
     of one sequence) need no mask; otherwise shorter lists are padded and the padding masked.
     """
+    return attention(q, *_read(k, v, blocks, sinks, candidates, key_block, mask), scale)
+
+
+def sparse_attention_of_shard(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    sinks: Tensor,
+    candidates: Tensor,
+    first: int,
+    key_block: int,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See op.py."""
+    own = in_shard(blocks, sinks, candidates, first, k.shape[2], key_block)
+    k, v, mask = _read(k, v, *own, key_block, mask)
+    if not k.shape[2]:
+        return q.new_zeros(q.shape), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+    return attention_with_lse(q, k, v, mask, scale)
+
+
+def _read(
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    sinks: Tensor,
+    candidates: Tensor,
+    key_block: int,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The keys that are read, their values, and the mask over them."""
     lists = [
         _keys_read(kept, named, candidate * key_block, key_block, k.shape[2])
         for kept, named, candidate in zip(
@@ -31,13 +65,13 @@ def sparse_attention(
     ]
     counts = [keys.shape[0] for keys in lists]
     if min(counts, default=k.shape[2]) == k.shape[2]:
-        return attention(q, k, v, mask, scale)
+        return k, v, mask
     keys = pad_sequence(lists, batch_first=True).to(k.device)  # [B, M]
     if mask is not None:
         mask = _gather_mask(mask, keys)
     if min(counts) < max(counts):
         mask = _hide_padding(mask, counts, keys)
-    return attention(q, *gather_keys(k, v, keys), mask, scale)
+    return (*gather_keys(k, v, keys), mask)
 
 
 def _keys_read(

@@ -6,7 +6,7 @@ keys = kept blocks + sinks + tail (a set);   out = softmax(scale * q K^T + mask)
 import torch
 from torch import Tensor
 
-from focus_compile.kernels.attention.reference import softmax_or_zero
+from focus_compile.kernels.attention.reference import masked, softmax_or_zero
 
 
 def sparse_attention(
@@ -34,6 +34,38 @@ def sparse_attention(
             weights = softmax_or_zero(logits, None if mask is None else mask[b, h][:, keys])
             out[b, h] = (weights @ v[b, h // group, keys].double()).to(q.dtype)
     return out
+
+
+def sparse_attention_of_shard(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    sinks: Tensor,
+    candidates: Tensor,
+    first: int,
+    key_block: int,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See op.py. float64 inputs give a float64 result."""
+    batch, heads, rows, _ = q.shape
+    group, length = heads // k.shape[1], k.shape[2]
+    if mask is not None:
+        mask = mask.expand(batch, heads, rows, length)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
+    for b in range(batch):
+        tail = int(candidates[b]) * key_block
+        read = key_set(blocks[b].tolist(), sinks[b].tolist(), tail, key_block, first + length)
+        keys = [t - first for t in read if t >= first]
+        for h in range(heads):
+            logits = scale * q[b, h].double() @ k[b, h // group, keys].double().T
+            shown = None if mask is None else mask[b, h][:, keys]
+            weights = softmax_or_zero(logits, shown)
+            out[b, h] = (weights @ v[b, h // group, keys].double()).to(q.dtype)
+            lse[b, h] = masked(logits, shown).logsumexp(-1)
+    return out, lse
 
 
 def key_set(
