@@ -165,7 +165,7 @@ class Dispatcher:
     @property
     def _compile_seconds(self) -> float:
         """Spent on compiling programs so far."""
-        return self.programs.compile_seconds
+        return self.programs.compile_seconds + self.calls.compile_seconds
 
     def _run(self, args: Sequence[Any]) -> Outcome:
         outcome: Outcome | str

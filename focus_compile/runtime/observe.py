@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from focus_compile.policies.base import Policy, StepView
-from focus_compile.runtime.trajectory import Trajectory
+from focus_compile.runtime.trajectory import Blocks, Trajectory
 
-__all__ = ["Flags", "observe"]
+__all__ = ["PER_SEQUENCE", "Flags", "Observed", "observe"]
 
 
 class Flags(NamedTuple):
@@ -45,24 +45,53 @@ class Flags(NamedTuple):
     """Of a model that is split over ranks: in what these differ (`distributed/agreement.py`)."""
 
 
-def observe(
-    trajectory: Trajectory, policy: Policy, mask_token_id: int, block_length: int
-) -> Tensor:
-    """Compare `trajectory.incoming` with its ids, and let the policy select rows.
+class Observed(NamedTuple):
+    """The tensors of a `Trajectory` that are looked at, and those that are written: the last four.
 
-    Leaves the active set, at least one row per sequence and always the changed rows, in
-    `trajectory.active`, the focus rows in `trajectory.focus`, and the positions that they score in
-    `trajectory.foreseen`. Returns `Flags` but for the last, int64 [11].
+    They stay where they are for as long as the trajectory lives.
     """
-    t = trajectory
+
+    incoming: Tensor
+    ids: Tensor
+    other: Tensor
+    confidence: Tensor
+    best: Tensor
+    predicted: Tensor
+    response_start: Tensor
+    refreshed_at: Tensor
+    same_inputs: Tensor
+    scored_before: Tensor
+    scored: Tensor
+    active: Tensor
+    focus: Tensor
+    foreseen: Tensor
+
+    @classmethod
+    def of(cls, trajectory: Trajectory) -> Observed:
+        of_blocks = {"response_start": trajectory.blocks}
+        return cls(*(getattr(of_blocks.get(name, trajectory), name) for name in cls._fields))
+
+
+PER_SEQUENCE = ("response_start", "refreshed_at")
+"""Those of `Observed` that have a number for each sequence."""
+
+
+def observe(t: Observed, policy: Policy, mask_token_id: int, block_length: int) -> Tensor:
+    """Compare `incoming` with the trajectory's ids, and let the policy select rows.
+
+    Leaves the active set, at least one row per sequence and always the changed rows, in `active`,
+    the focus rows in `focus`, and the positions that they score in `foreseen`. Returns `Flags` but
+    for the last, int64 [11].
+    """
+    blocks = Blocks(t.response_start, block_length)
     masked = t.incoming.eq(mask_token_id)
     changed = t.ids.ne(t.incoming)
-    response = t.blocks.in_response(masked)
+    response = blocks.in_response(masked)
     decided = t.ids.ne(mask_token_id)
     edited = changed & decided
     since_other = t.other.ne(t.incoming)
     from_other = (since_other & t.other.ne(mask_token_id)).any().logical_not_()
-    block = t.blocks.current(masked)
+    block = blocks.current(masked)
     entered = ((block != t.refreshed_at) & (block >= 0)).any()
     shifted = _row_before_scores(t, changed & ~decided)
     view = StepView(
@@ -70,7 +99,7 @@ def observe(
         changed=changed,
         confidence=torch.where(shifted, _of_row_before(t.confidence), t.confidence),
         block=block,
-        block_start=t.blocks.start_of(block),
+        block_start=blocks.start_of(block),
         block_length=block_length,
     )
     selection = policy.select(view)
@@ -97,7 +126,7 @@ def observe(
     return torch.stack([flags[name].to(torch.int64) for name in Flags._fields[:-1]])
 
 
-def _row_before_scores(t: Trajectory, decoded: Tensor) -> Tensor:
+def _row_before_scores(t: Observed, decoded: Tensor) -> Tensor:
     """Whether a position's score lies in the row before it, bool []; by the `decoded` positions,
     bool [batch, length], and those of earlier calls.
 

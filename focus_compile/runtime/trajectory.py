@@ -69,8 +69,8 @@ class Blocks:
 
 def first_true(flags: Tensor) -> Tensor:
     """First True of each row of a bool [batch, length], or the length where there is none."""
-    found, at = flags.max(1)
-    return torch.where(found, at, flags.shape[1])
+    length = flags.shape[1]
+    return torch.where(flags, torch.arange(length, device=flags.device), length).amin(1)
 
 
 class SeenWeights:

@@ -19,7 +19,8 @@ from focus_compile.runtime.buckets import bucket_for, pack_rows
 from focus_compile.runtime.guard import CallInputs, compare_inputs
 from focus_compile.runtime.inspection import TOP_TOKENS, active_inspector
 from focus_compile.runtime.latest_rows import LatestRows
-from focus_compile.runtime.observe import Flags, observe
+from focus_compile.runtime.observe import Flags, Observed, observe
+from focus_compile.runtime.observe_program import ObserveProgram
 from focus_compile.runtime.programs import Programs
 from focus_compile.runtime.quality_guard import QualityGuard, check_answers
 from focus_compile.runtime.trajectory import NO_TOKEN, Trajectory
@@ -47,6 +48,12 @@ class TrajectoryCalls:
         over = plan.ranks or plan.shards
         self.agreement = None if over is None else Agreement(over.group)
         self._mask_token_id = -1 if config.mask_token_id is None else config.mask_token_id
+        self._observe_program = ObserveProgram(self._looked_at)
+
+    @property
+    def compile_seconds(self) -> float:
+        """Spent on compiling what looks at calls."""
+        return self._observe_program.compile_seconds
 
     def answer(
         self, trajectory: Trajectory, args: Sequence[Any], flags: Flags, guard: QualityGuard
@@ -310,14 +317,20 @@ class TrajectoryCalls:
 
     def observe(self, trajectory: Trajectory, call: CallInputs) -> Tensor:
         """Compare the call with the trajectory on its device: the `Flags`, not waited for."""
-        policy = self.policy
-        assert policy is not None
         trajectory.incoming.copy_(call.ids)
         compare_inputs(trajectory, call)
-        return trajectory.graphs.run("observe", lambda: self._observe(trajectory, policy))
+        return trajectory.graphs.run("observe", lambda: self._observe(trajectory))
 
-    def _observe(self, t: Trajectory, policy: Policy) -> Tensor:
-        flags = observe(t, policy, self._mask_token_id, self.config.block_length)
+    def _looked_at(self, *tensors: Tensor) -> Tensor:
+        assert self.policy is not None
+        return observe(
+            Observed(*tensors), self.policy, self._mask_token_id, self.config.block_length
+        )
+
+    def _observe(self, t: Trajectory) -> Tensor:
+        tensors = Observed.of(t)
+        compiled = t.graphs.enabled and self.config.lowering == "inductor"
+        flags = (self._observe_program if compiled else self._looked_at)(*tensors)
         if self.agreement is None:
             return flags
         differ = self.agreement.differ(t.incoming, [flags, t.active, t.focus])

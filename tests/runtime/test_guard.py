@@ -18,7 +18,7 @@ from focus_compile.runtime.guard import (
     why_not_comparable,
     why_not_continued,
 )
-from focus_compile.runtime.observe import Flags, observe
+from focus_compile.runtime.observe import Flags, Observed, observe
 from focus_compile.runtime.trajectory import Blocks, Trajectory
 from tests.runtime.tiny import MASK, prompt
 
@@ -41,7 +41,7 @@ def trajectory_of(ids: Tensor, *, weights: Any = (), guarded: Any = (), numbers:
 
 def flags_of(held: Any, ids: Tensor) -> Flags:
     held.incoming.copy_(ids)
-    return Flags(*observe(held, FocusDllm(2, 3), MASK, 4).tolist())
+    return Flags(*observe(Observed.of(held), FocusDllm(2, 3), MASK, 4).tolist())
 
 
 def why(held: Any, ids: Tensor, *, weights: Any = (), guarded: Any = (), numbers: Any = ()) -> Any:
