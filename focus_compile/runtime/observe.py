@@ -147,6 +147,7 @@ def _of_row_before(values: Tensor) -> Tensor:
 
 def _rows_before(positions: Tensor) -> Tensor:
     """The rows that score bool [batch, length] positions, where the row before does."""
-    rows = torch.nn.functional.pad(positions[:, 1:], (0, 1))
-    rows[:, 0] |= positions[:, 0]
-    return rows
+    length = positions.shape[1]
+    place = torch.arange(length, device=positions.device)
+    after = positions.roll(-1, 1) & (place < length - 1)
+    return after | (positions & (place == 0))
