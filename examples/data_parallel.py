@@ -20,14 +20,17 @@ from focus_compile import demo
 from focus_compile.decode import generate
 
 
-def answered(folder: Path) -> set[int]:
-    """Numbers of the prompts whose answers are in the folder. A line cut short counts as none."""
+def answered(folder: Path, prompts: list[str]) -> set[int]:
+    """Numbers of the prompts whose answers are in the folder. A line cut short, or of another
+    prompt of that number, counts as none."""
     found = set()
     for file in folder.glob("answers_*.jsonl"):
         for line in file.read_text(encoding="utf-8").splitlines():
             try:
-                found.add(json.loads(line)["prompt"])
-            except (json.JSONDecodeError, KeyError):
+                answer = json.loads(line)
+                if prompts[answer["number"]] == answer["prompt"]:
+                    found.add(answer["number"])
+            except (json.JSONDecodeError, KeyError, IndexError):
                 continue
     return found
 
@@ -44,7 +47,7 @@ def main() -> None:
     state = PartialState(cpu=not torch.cuda.is_available())
     args.out.mkdir(parents=True, exist_ok=True)
     prompts = [p for p in args.prompts.read_text(encoding="utf-8").splitlines() if p.strip()]
-    done = answered(args.out)
+    done = answered(args.out, prompts)
     state.wait_for_everyone()  # all have read what there is before any adds to it
     mine = [at for at in range(len(prompts)) if at not in done]
     mine = mine[state.process_index :: state.num_processes]
@@ -62,10 +65,11 @@ def main() -> None:
                 model, ids, gen_length=args.gen_length, block_length=32, threshold=args.threshold
             ).ids
             text = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
-            answers.write(json.dumps({"prompt": at, "answer": text}) + "\n")
+            answer = {"number": at, "prompt": prompts[at], "answer": text}
+            answers.write(json.dumps(answer) + "\n")
             answers.flush()
     state.wait_for_everyone()
-    state.print(f"{len(answered(args.out))} of {len(prompts)} answered")
+    state.print(f"{len(answered(args.out, prompts))} of {len(prompts)} answered")
     state.destroy_process_group()
 
 
