@@ -29,8 +29,9 @@ from focus_compile.distributed.agreement import group_named, group_of, require_s
 from focus_compile.distributed.local_graph import is_split
 from focus_compile.errors import FocusError, PassError, RanksError
 from focus_compile.fallback import forget, refuse
-from focus_compile.pipeline import Pipeline, ProgramGraphs, build_programs, plan_graph
+from focus_compile.pipeline import Pipeline, plan_graph
 from focus_compile.plan import FRAGMENT, Plan, Refusal
+from focus_compile.program_graphs import ProgramGraphs, build_programs
 from focus_compile.runtime.dispatch import Dispatcher
 from focus_compile.runtime.exact import ExactOnly
 from focus_compile.runtime.programs import Programs

@@ -8,7 +8,7 @@ from torch._dynamo.utils import graph_break_reasons
 
 from focus_compile.passes.graph_tools import TORCH
 
-__all__ = ["latest_break"]
+__all__ = ["latest_break", "uncut"]
 
 
 def latest_break() -> str:
@@ -26,3 +26,14 @@ def _line(stack: list[traceback.FrameSummary]) -> str:
     frame = frames[-1]
     path = frame.filename.rsplit("/", 1)[-1]
     return f" at {path}:{frame.lineno} in {frame.name}: {frame.line}"
+
+
+def uncut(remedy: str) -> str:
+    """The remedy, and where Dynamo last cut a forward, if it did."""
+    cut = latest_break()
+    if not cut:
+        return remedy
+    return (
+        f"{remedy} {cut} (TORCH_LOGS=graph_breaks says why): no graph holds the whole of it. Where "
+        'experts in a loop are why, model.set_experts_implementation("grouped_mm") avoids it.'
+    )

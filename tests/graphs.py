@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from focus_compile.backend import BackendCall, trace_past_logging
 from focus_compile.capture import Capture, capture
 from focus_compile.config import FocusConfig
-from focus_compile.pipeline import build_programs
 from focus_compile.plan import Plan
+from focus_compile.program_graphs import build_programs
 from focus_compile.runtime.buckets import bucket_for, pack_rows
 from focus_compile.runtime.programs import Programs
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import focus_compile
-from focus_compile import pipeline
+from focus_compile import analysis
 from focus_compile.key_costs import KeyCosts, KeyShape, key_costs
 from tests.compiled import compiled, run_call
 from tests.models import build
@@ -43,7 +43,7 @@ def test_the_plan_follows_and_says_so(
         asked.append(shape)
         return KeyCosts(shape.length, shape.rows, sparse, dense)
 
-    monkeypatch.setattr(pipeline, "key_costs", measured)
+    monkeypatch.setattr(analysis, "key_costs", measured)
     torch.compiler.reset()  # numbers that other models of this class had would be inputs
     model = build(ModelSpec(layers=4, heads=4, kv_heads=2), 3)
     ids = torch.randint(1, 38, (2, 48), generator=torch.Generator().manual_seed(0))
@@ -69,7 +69,7 @@ def test_nothing_is_measured_unless_asked(monkeypatch: pytest.MonkeyPatch) -> No
     def measured(shape: KeyShape) -> KeyCosts:
         raise AssertionError(shape)
 
-    monkeypatch.setattr(pipeline, "key_costs", measured)
+    monkeypatch.setattr(analysis, "key_costs", measured)
     torch.compiler.reset()  # numbers that other models of this class had would be inputs
     model = build(ModelSpec(layers=4), 3)
     ids = torch.randint(1, 38, (1, 24))

@@ -14,8 +14,9 @@ from torch import fx
 from focus_compile.passes.constant_masks import FoldConstantMasks
 from focus_compile.passes.match_attention import MatchAttention
 from focus_compile.passes.remove_no_ops import RemoveNoOps
-from focus_compile.pipeline import DUMP, VERIFY, Pipeline, build_programs
+from focus_compile.pipeline import DUMP, VERIFY, Pipeline
 from focus_compile.plan import Refusal
+from focus_compile.program_graphs import build_programs
 from tests.graphs import TracedGraph, trace
 from tests.models import ModelSpec, build
 from tests.strategies import model_specs, seeds

@@ -24,8 +24,9 @@ from focus_compile.passes.block_step import (
     listed_inputs,
 )
 from focus_compile.passes.merge_projections import MergeProjections
-from focus_compile.pipeline import Pipeline, weight_rows
+from focus_compile.pipeline import Pipeline
 from focus_compile.plan import Plan, Site
+from focus_compile.program_graphs import weight_rows
 from focus_compile.runtime.programs import model_inputs, stacked_shape
 
 __all__ = ["BlockPrograms", "KeyChoice", "RowList"]

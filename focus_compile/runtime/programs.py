@@ -22,8 +22,8 @@ from focus_compile.passes.refresh_program import REFRESH_INPUTS
 from focus_compile.passes.row_builder import cache_names, kept_lists
 from focus_compile.passes.row_values import ACTIVE
 from focus_compile.passes.step_program import STEP_INPUTS
-from focus_compile.pipeline import ProgramGraphs
 from focus_compile.plan import Plan, Site
+from focus_compile.program_graphs import ProgramGraphs
 from focus_compile.runtime.buckets import ActiveRows
 from focus_compile.runtime.latest_rows import MOST_COPIES
 from focus_compile.runtime.memory_plan import MemoryPlan

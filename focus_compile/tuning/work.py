@@ -13,7 +13,7 @@ from torch import Tensor
 from focus_compile.config import FocusConfig
 from focus_compile.errors import OptionError
 from focus_compile.explain import explain
-from focus_compile.pipeline import regions_of
+from focus_compile.passes.sites import regions_of
 from focus_compile.runtime.record import StepRecord
 
 __all__ = ["ModelShape"]

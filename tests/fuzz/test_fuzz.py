@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from focus_compile.passes.constant_masks import FoldConstantMasks
 from focus_compile.passes.match_attention import MatchAttention
 from focus_compile.passes.remove_no_ops import RemoveNoOps
-from focus_compile.pipeline import Pipeline, build_programs
+from focus_compile.pipeline import Pipeline
 from focus_compile.policies import focus_dllm
+from focus_compile.program_graphs import build_programs
 from focus_compile.runtime.latest_rows import LatestRows
 from tests.fuzz import search as searching
 from tests.fuzz.architecture import Architecture
