@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from numbers import Integral
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +15,26 @@ from torch import Tensor, nn
 
 from focus_compile.block_diffusion.block_model import COMPILED_KEY_OPTIONS, BlockModel
 from focus_compile.block_diffusion.inspected import StepInspection
-from focus_compile.block_diffusion.programs import KeyChoice, RowList
+from focus_compile.block_diffusion.programs import RowList
+from focus_compile.block_diffusion.requests import (
+    Completion,
+    Request,
+    check_whole,
+    completion_of,
+    is_number,
+    stop_at,
+    token_ids,
+    tokens_of,
+)
+from focus_compile.block_diffusion.row_sizes import (
+    LADDER,
+    HeldRows,
+    PromptBlock,
+    all_scored,
+    listed_blocks,
+    padded_rows,
+    scored_rows,
+)
 from focus_compile.block_diffusion.state import COMMIT, DECODE, IDLE, BlockState, Listing
 from focus_compile.block_diffusion.step_costs import StepCosts
 from focus_compile.block_diffusion.tracing import ModelCall, call_with_block_mask
@@ -38,41 +55,8 @@ COMMITS = ("exact", "delayed")
 KEY_OPTIONS = ("keep_ratio", *COMPILED_KEY_OPTIONS, "dense_if_faster")
 PREFILL_BLOCKS = 32
 """Blocks of prompts that one call of the whole program takes at most."""
-LADDER = (*range(8, 65, 8), *range(128, 513, 64), *range(640, 2049, 128))
-"""Row counts that a list is padded to; multiples of `COARSE` beyond."""
-COARSE = 256
 WARM_ROWS = 1024
 """Larger steps are few of many sizes: they are captured when they come up again."""
-
-
-def padded_rows(rows: int) -> int:
-    """The smallest rung of the ladder that holds `rows`."""
-    if rows > LADDER[-1]:
-        return math.ceil(rows / COARSE) * COARSE
-    return LADDER[bisect_left(LADDER, rows)]
-
-
-def _scored_rows(undecided: int, rows: int) -> int:
-    """Rows of which a step of `rows` computes logits: few sizes, as each is a graph of its own."""
-    quarter = math.ceil(rows / 4)
-    return min(max(math.ceil(undecided / quarter), 1) * quarter, rows)
-
-
-def _all_scored(rows: int) -> list[int]:
-    """What `_scored_rows` makes of any number of undecided rows."""
-    return sorted({_scored_rows(undecided, rows) for undecided in range(rows + 1)})
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A finished request. tokens: what was generated, without the prompt; reason: "stop" (which is
-    left out of the tokens) or "length"."""
-
-    request: int
-    tokens: tuple[int, ...]
-    reason: str
-    steps: int
-    """Decode steps in which it took part, commits included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,45 +73,15 @@ class BlockStep:
 
 
 @dataclass
-class _Request:
-    number: int
-    prompt: list[int]
-    limit: int
-    stops: tuple[tuple[int, ...], ...]
-    tokens: list[int] = field(default_factory=list)
-    steps: int = 0
-
-
-@dataclass
 class _Slot:
     """The host's view of a slot. given: tokens of the current block that are the prompt's."""
 
-    request: _Request
+    request: Request
     begin: int
     given: int
     phase: int = DECODE
     uncached: int = 0
     undecided: int = 0
-
-
-@dataclass
-class _Held:
-    """Tensors that stay where they are, so that CUDA graphs of any number of rows can hand rows to
-    one another: each value is copied to the start of its buffer, which has room for `max_rows`."""
-
-    max_rows: int
-    _buffers: list[Tensor] = field(default_factory=list)
-
-    def hold(self, rows: int, values: Sequence[Tensor]) -> list[Tensor]:
-        """Contiguous copies of values that are made of `rows` rows each, or of fewer numbers."""
-        if not self._buffers:
-            scale = math.ceil(self.max_rows / rows)
-            self._buffers = [value.new_empty(value.numel() * scale) for value in values]
-        held = []
-        for buffer, value in zip(self._buffers, values, strict=True):
-            held.append(buffer[: value.numel()].view(value.shape))
-            held[-1].copy_(value)
-        return held
 
 
 class BatchGenerator:
@@ -210,7 +164,7 @@ class BatchGenerator:
         self._check(mask_token_id, max_length, cut)
         self._check_keys(key_options or {})
         assert mask_token_id is not None
-        self.eos = _token_ids(eos_token_id)
+        self.eos = token_ids(eos_token_id)
         config = FocusConfig(
             policy=COMBINED if policy == COMBINED else "delayed-cache",
             mask_token_id=mask_token_id, block_length=block_length, lowering=lowering,
@@ -233,7 +187,7 @@ class BatchGenerator:
         captures = cuda_graphs and device.type == "cuda"
         self.graphs = DeviceGraphs(captures, _no_graphs, device)
         most = padded_rows(max_batch * block_length)
-        self._frontier, self._kept = _Held(most), _Held(most)
+        self._frontier, self._kept = HeldRows(most), HeldRows(most)
         self.decode_counts: Tensor | None = None
         """int64 [max_batch]: decode so many tokens a step instead of by threshold (to measure with
         given yields)."""
@@ -242,7 +196,7 @@ class BatchGenerator:
         self.costs = StepCosts() if weighs else None
         self._looked: StepInspection | None = None
         self._slots: list[_Slot | None] = [None] * max_batch
-        self._waiting: deque[_Request] = deque()
+        self._waiting: deque[Request] = deque()
         self._numbers = itertools.count()
 
     def _check_keys(self, key_options: Mapping[str, Any]) -> None:
@@ -267,17 +221,17 @@ class BatchGenerator:
             raise OptionError.unknown(self.policy, BLOCK_POLICIES, kind="policy")
         if self.commit not in COMMITS:
             raise OptionError.unknown(self.commit, COMMITS, kind="commit")
-        _check_whole("block_length", self.block_length, 2)
-        _check_whole("max_batch", self.max_batch, 1)
-        _check_whole("max_length", max_length, 2 * self.block_length)
-        _check_whole("cut", cut, 1)
+        check_whole("block_length", self.block_length, 2)
+        check_whole("max_batch", self.max_batch, 1)
+        check_whole("max_length", max_length, 2 * self.block_length)
+        check_whole("cut", cut, 1)
         if self.policy in EVICTING_POLICIES and self.block_length > MOST_ROWS:
             raise OptionError.invalid(
                 "block_length", self.block_length, f"at most {MOST_ROWS} with {self.policy}"
             )
-        if not _is_number(self.threshold) or not 0 <= self.threshold <= 1:
+        if not is_number(self.threshold) or not 0 <= self.threshold <= 1:
             raise OptionError.invalid("threshold", self.threshold, "a probability")
-        if not _is_number(self.alpha) or not self.alpha >= 1:
+        if not is_number(self.alpha) or not self.alpha >= 1:
             raise OptionError.invalid("alpha", self.alpha, "a number >= 1")
 
     def submit(
@@ -297,23 +251,25 @@ class BatchGenerator:
             OptionError: no prompt, a mask in it, or no room for it and one token; something that is
                 no token or number.
         """
-        ids = _tokens("prompt", prompt.flatten().tolist() if isinstance(prompt, Tensor) else prompt)
+        ids = tokens_of(
+            "prompt", prompt.flatten().tolist() if isinstance(prompt, Tensor) else prompt
+        )
         if not ids:
             raise OptionError("BatchGenerator.submit: the prompt is empty")
         if self.state.mask_token_id in ids:
             raise OptionError(
                 f"BatchGenerator.submit: the prompt holds the mask token {self.state.mask_token_id}"
             )
-        _check_whole("max_new_tokens", max_new_tokens, 1)
+        check_whole("max_new_tokens", max_new_tokens, 1)
         if len(ids) >= self.max_length:
             raise OptionError(
                 f"BatchGenerator.submit: the prompt has {len(ids)} tokens, which leaves no room "
                 f"for a response in max_length={self.max_length}"
             )
-        stops = tuple(tuple(_tokens("stop", one)) for one in stop)
+        stops = tuple(tuple(tokens_of("stop", one)) for one in stop)
         if any(not one for one in stops):
             raise OptionError("BatchGenerator.submit: a stop sequence is empty")
-        request = _Request(next(self._numbers), ids, max_new_tokens, stops)
+        request = Request(next(self._numbers), ids, max_new_tokens, stops)
         self._waiting.append(request)
         return request.number
 
@@ -434,12 +390,12 @@ class BatchGenerator:
         # The first run of each compiles, the second one captures; idle slots list no rows.
         for rows in sizes or [most]:
             for _ in range(2):
-                for scored in _all_scored(rows):
+                for scored in all_scored(rows):
                     self._launch_whole(rows, scored)
         pairs = [(rows, kept) for rows in sizes for kept in sizes if kept <= rows]
         for rows, kept in pairs if self._may_evict else ():
             # What was kept is the same for all lists: only the first has to make its suffixes.
-            for scored in _all_scored(kept) if rows == kept else [kept]:
+            for scored in all_scored(kept) if rows == kept else [kept]:
                 for _ in range(2):
                     self._launch_leaving(rows, (kept, scored))
         return self.graphs.captured
@@ -458,7 +414,7 @@ class BatchGenerator:
         if evicts and self.costs is not None:
             evicts = self.costs.evict(rows)
         if not evicts:
-            self._launch_whole(rows, _scored_rows(undecided, rows))
+            self._launch_whole(rows, scored_rows(undecided, rows))
             return listed, listed, False
         kept = self._launch_leaving(rows)
         return listed, kept, True
@@ -474,7 +430,7 @@ class BatchGenerator:
         kept, undecided = torch.stack([keep.sum(), (keep & listing.masked).sum()]).tolist()
         if sizes is None:
             narrow = min(padded_rows(kept), rows)
-            sizes = narrow, _scored_rows(undecided, narrow)
+            sizes = narrow, scored_rows(undecided, narrow)
         narrow, scored = sizes
         kept_rows, handed = self._launch(
             ("leave", rows, narrow), lambda: self._leave(listing, keep, frontier, narrow)
@@ -594,7 +550,7 @@ class BatchGenerator:
             if reason is None:
                 slot.phase = COMMIT
             else:
-                completed.append(_completion(slot.request, reason))
+                completed.append(completion_of(slot.request, reason))
                 self._slots[at] = None
         self._tell_phases()
         return completed
@@ -604,7 +560,7 @@ class BatchGenerator:
 
         known: tokens before this block."""
         request = slot.request
-        end = _stop_at(request.tokens[: request.limit], known, request.stops, self.eos)
+        end = stop_at(request.tokens[: request.limit], known, request.stops, self.eos)
         if end is not None:
             del request.tokens[end:]
             return "stop"
@@ -623,7 +579,7 @@ class BatchGenerator:
         if self._waiting and not any(self._slots):
             self.model.refresh_weights()
             self.model.check_once()
-        blocks: list[tuple[int, int, list[int]]] = []
+        blocks: list[PromptBlock] = []
         length = self.block_length
         for at in range(self.max_batch):
             if not self._waiting or self._slots[at] is not None:
@@ -643,85 +599,16 @@ class BatchGenerator:
         if any(slot is not None for slot in self._slots):
             self._tell_phases()
 
-    def _prefill(self, blocks: list[tuple[int, int, list[int]]]) -> None:
-        """K/V of whole blocks: (slot, first position, tokens), a sequence's in order."""
-        length = self.block_length
-        count = 1 << (len(blocks) - 1).bit_length()
-        spare = (count - len(blocks)) * length
+    def _prefill(self, blocks: list[PromptBlock]) -> None:
+        """K/V of whole blocks of prompts, a sequence's in order."""
         device = self.state.tokens.device
-
-        def tensor(values: list[int], fill: int, size: int) -> Tensor:
-            return torch.tensor(values + [fill] * (size - len(values)), device=device)
-
-        ids = [token for _, _, tokens in blocks for token in tokens]
-        at = [begin + i for _, begin, _ in blocks for i in range(length)]
-        rows = count * length
-        begins = [begin for _, begin, _ in blocks]
-        keys = None
-        if self.state.key_block is not None:  # all of them: what a prompt computes is final
-            candidates = tensor([begin // self.state.key_block for begin in begins], 0, count)
-            keys = KeyChoice(torch.zeros((1, rows), device=device), candidates, candidates)
-        listed = RowList(
-            row_ids=tensor(ids, ids[-1], rows)[None],
-            rows=tensor(at, at[-1], rows)[None],
-            slots=tensor([slot for slot, _, _ in blocks for _ in range(length)], 0, rows),
-            places=tensor(at, self.max_length, rows),
-            owners=tensor([slot for slot, _, _ in blocks], 0, count),
-            starts=torch.arange(count + 1, device=device).clamp(max=len(blocks)) * length,
-            lengths=tensor([begin + length for begin in begins], 0, count),
-            keys=keys,
+        listed = listed_blocks(
+            blocks, self.block_length, self.max_length, self.state.key_block, device
         )
-        assert spare >= 0
         chosen = torch.zeros((1, 2), dtype=torch.int64, device=device)
-        starts = torch.full((count + 1,), 2, device=device)
+        starts = torch.full_like(listed.starts, 2)
         starts[0] = 0
         self.programs.run_whole(self._arguments, self.caches, listed, chosen, starts)
-
-
-def _stop_at(
-    tokens: list[int], known: int, stops: Sequence[tuple[int, ...]], eos: frozenset[int]
-) -> int | None:
-    """Where the first stop begins that ends after the `known` first tokens."""
-    found = [at for at in range(known, len(tokens)) if tokens[at] in eos][:1]
-    for stop in stops:
-        first = max(0, known - len(stop) + 1)
-        found += [
-            at
-            for at in range(first, len(tokens) - len(stop) + 1)
-            if tuple(tokens[at : at + len(stop)]) == stop
-        ][:1]
-    return min(found, default=None)
-
-
-def _completion(request: _Request, reason: str) -> Completion:
-    return Completion(request.number, tuple(request.tokens), reason, request.steps)
-
-
-def _token_ids(given: int | Sequence[int] | None) -> frozenset[int]:
-    if given is None:
-        return frozenset()
-    return frozenset(_tokens("eos_token_id", [given] if isinstance(given, int) else given))
-
-
-def _tokens(name: str, given: Any) -> list[int]:
-    """Token ids as they were given."""
-    expected = "a sequence of token ids"
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise OptionError.invalid(name, given, expected)
-    tokens = list(given)
-    for token in tokens:
-        if isinstance(token, bool) or not isinstance(token, Integral) or int(token) < 0:
-            raise OptionError.invalid(name, given, expected)
-    return [int(token) for token in tokens]
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise OptionError.invalid(name, value, f"a whole number >= {least}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _no_graphs(why: str) -> Any:
