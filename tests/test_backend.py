@@ -17,6 +17,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import focus_compile
 from focus_compile.backend import focus
+from tests import versions
 from tests.compiled import run_call
 from tests.runtime.tiny import MASK, assert_own, decided, prompt, tiny_model
 
@@ -214,6 +215,7 @@ def test_torchs_modes_reach_inductor_in_graphs_that_run_exactly(
     assert bool(seen[0]) == (mode is not None)
 
 
+@versions.ignored_logging
 def test_logging_that_is_added_after_the_import_cuts_no_graph(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -158,7 +159,8 @@ class _Builder:
 
         examples = [_local(source.meta["example_value"]) for source in sources]
         try:
-            with _fake_mode_of(examples):
+            # Without Python's dispatcher, torch 2.11 asks symbolic sizes for numbers.
+            with _fake_mode_of(examples), enable_python_dispatcher():
                 traced = make_fx(run)(*examples)
         except Exception as error:
             message = (str(error).strip() or type(error).__name__).splitlines()[0]

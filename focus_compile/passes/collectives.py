@@ -95,7 +95,7 @@ def _gather_along(graph: fx.Graph, cat: fx.Node) -> bool:
     source, *rest = gather.args
     with graph.inserting_before(cat):
         turned = insert_call(graph, aten.transpose.int, source, 0, axis)
-        turned = insert_call(graph, aten.clone.default, turned)
+        turned = insert_call(graph, aten.contiguous.default, turned)  # as torch 2.11 asks for
         whole = insert_call(graph, gather.target, turned, *rest)
         whole = insert_call(graph, torch.ops._c10d_functional.wait_tensor.default, whole)
         result = insert_call(graph, aten.transpose.int, whole, 0, axis)

@@ -54,9 +54,7 @@ def loaded_split(folder: str) -> nn.Module:
     how: dict[str, Any] = {"tp_plan": "auto", "attn_implementation": "sdpa"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer ones take a DistributedConfig
-        return AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation="sdpa", **how
-        ).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, **how).eval()
 
 
 def decode_loaded(folder: str) -> Any:

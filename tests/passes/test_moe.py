@@ -317,6 +317,7 @@ def test_mixtures_are_accepted(name: str, batch: int) -> None:
     assert_rows_alone_equal_dense(traced(ACCEPTED[name], batch, 6))
 
 
+@versions.grouped_experts
 @pytest.mark.parametrize("name", REFUSED)
 def test_tokens_that_compete_are_refused(name: str) -> None:
     hook, why = REFUSED[name]

@@ -24,6 +24,7 @@ from focus_compile.runtime import dispatch
 from focus_compile.runtime.latest_rows import LatestRows
 from focus_compile.runtime.programs import Programs
 from focus_compile.runtime.store import STORE
+from tests import versions
 from tests.compiled import run_call
 from tests.runtime.tiny import assert_own, decided, prompt, shared, tiny_model
 
@@ -293,10 +294,20 @@ def reset(model: nn.Module) -> None:
     torch.compiler.reset()
 
 
-CHANGES = [half, other_weights, assigned_weights, trained, reset]
+CHANGES = [
+    pytest.param(half, marks=versions.recast_weights),
+    other_weights,
+    assigned_weights,
+    trained,
+    reset,
+]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change",
+    [pytest.param(half, marks=versions.recast_weights), *CHANGES],
+    ids=lambda c: c.__name__,
+)
 def test_a_model_that_changes_amid_a_response(change: Any) -> None:
     """The next call is the changed model's own answer, and steps go on from it."""
     model = tiny_model()
