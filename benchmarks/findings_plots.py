@@ -67,7 +67,7 @@ def _reuse(rows: Rows) -> Figure:
         lines[name].append(point)
     for name, points in lines.items():
         panel.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=name)
-    panel.set_xscale("log", base=2)
+    _log_axis(panel, {x for points in lines.values() for x, _ in points})
     panel.set_xlabel("steps that read the same lists")
     panel.set_ylabel("values right, %")
     panel.set_ylim(0, 103)
@@ -103,9 +103,12 @@ def _alpha(rows: Rows) -> Figure:
             name = row["name"].rpartition(" α=")[0]
             lines[name].append((row["options"]["keep_ratio"], 100 * row["right"] / row["asked"]))
         for name, points in lines.items():
-            panel.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=name)
+            style = "--" if name.endswith("no sinks") else "-"
+            panel.plot(
+                *zip(*sorted(points), strict=True), style, marker="o", markersize=3, label=name
+            )
         panel.set_title(kind)
-        panel.set_xscale("log")
+        _log_axis(panel, {x for points in lines.values() for x, _ in points})
         panel.set_xlabel("α, share of key blocks kept")
     axes[0].set_ylabel("values right, %")
     axes[0].set_ylim(0, 103)
@@ -137,7 +140,9 @@ def _width(rows: Rows) -> Figure:
         panel.set_title(f"{calls} token{'s' if calls > 1 else ''} a call")
         panel.set_xlabel("rows a step computes")
     axes[0].set_ylabel("recall of the focus rows")
-    axes[-1].legend(fontsize="small", ncols=2)
+    axes[0].set_ylim(0.8, 1.005)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, fontsize="small", loc="outside right upper")
     return figure
 
 
@@ -151,7 +156,7 @@ def _scaling(rows: Rows) -> Figure:
         axes[0].plot(lengths, right, marker="o", label=kind)
         axes[1].plot(lengths, [_mean(row["recall"]) for row in mine], marker="o", label=kind)
     for panel, title in zip(axes, ("values right, %", "recall of the focus rows"), strict=True):
-        panel.set_xscale("log", base=2)
+        _log_axis(panel, {row["length"] for row in rows})
         panel.set_xlabel("tokens of prompt and response")
         panel.set_ylabel(title)
     axes[0].set_ylim(0, 103)
@@ -184,6 +189,13 @@ def _sinks(rows: Rows) -> Figure:
     axes[-1].set_ylim(0, 1.02)
     axes[-1].legend(fontsize="small")
     return figure
+
+
+def _log_axis(panel: Any, values: set[float]) -> None:
+    """A logarithmic axis that names the values measured."""
+    panel.set_xscale("log")
+    panel.set_xticks(sorted(values), [f"{value:,g}" for value in sorted(values)])
+    panel.minorticks_off()
 
 
 def _mean(values: Sequence[float | None]) -> float:
