@@ -38,7 +38,8 @@ from focus_compile.runtime.guard import (
     why_not_comparable,
     why_not_continued,
 )
-from focus_compile.runtime.observe import Flags, observe
+from focus_compile.runtime.observe import Flags, Observed, observe
+from focus_compile.runtime.observe_program import ObserveProgram
 from focus_compile.runtime.trajectory import Blocks, Trajectory
 
 GEN_LENGTH = 64
@@ -215,8 +216,13 @@ def guard_milliseconds(model: Any, ids: torch.Tensor, repeats: int = 200) -> flo
     held.begin(call, Blocks.of(ids.eq(mask), BLOCK_LENGTH), 32, 0.5)
     held.ids.copy_(ids)
 
+    def plain(*tensors: torch.Tensor) -> torch.Tensor:
+        return observe(Observed(*tensors), policy, mask, BLOCK_LENGTH)
+
+    work = ObserveProgram(plain) if ids.is_cuda else plain  # as the runtime has it
+
     def compare() -> torch.Tensor:
-        return observe(held, policy, mask, BLOCK_LENGTH)
+        return work(*Observed.of(held))
 
     times = []
     for _ in range(repeats):
