@@ -112,8 +112,7 @@ class ShardNodes:
             raise PassError(f"cannot hand on rows of {node.name} at {axes}")
         picked = selection.select(values, shape, Operand(node.name, "gather", axes, len(shape)))
         flags = _like_rows(self, held, len(shape), axes, node.name)
-        zero = self.call(aten.mul.Tensor, picked, 0)
-        picked = self.call(aten.where.self, flags, picked, zero)
+        picked = self.call(aten.where.ScalarOther, flags, picked, 0.0)
         return insert_sum_over_ranks(self.graph, picked, self.shards.group)
 
     def writes(self, rows: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
