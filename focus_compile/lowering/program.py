@@ -1,5 +1,7 @@
 """A program: one graph compiled by Inductor, reused for every size it was proven for.
 
+A deep graph is compiled as a chain of regions (see `regions`).
+
 Sizes that may change (the active rows, and what Dynamo traced symbolically) are symbols of a shape
 environment of the program's own. Whatever Inductor assumes of them becomes a guard that is checked
 before an artifact is reused; a size outside every guard compiles one more artifact.
@@ -27,6 +29,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from focus_compile.capture import copy_graph_module
 from focus_compile.errors import CompileError
+from focus_compile.lowering.regions import chain_of
 from focus_compile.torch_tools import (
     belonging_to,
     current_compilation,
@@ -76,6 +79,9 @@ class Program:
     compile_seconds: float = 0.0
     labels: Sequence[str] = ()
     """Of the attention ops in order, for torch.profiler."""
+    regions: tuple[int, ...] = (0,)
+    """Of the artifact compiled last: which of its compiled graphs runs first, second and so on (see
+    `chain_of`)."""
     compilation: CompileId | None = field(default_factory=current_compilation)
     """Of Dynamo's, that the program was made in."""
     _artifacts: list[_Artifact] = field(default_factory=list)
@@ -104,15 +110,18 @@ class Program:
         self._artifact_for(args)
 
     def _artifact_for(self, args: Sequence[Any]) -> _Artifact:
-        sizes = tuple(
-            args[at] if axis < 0 else args[at].shape[axis] for _, at, axis in self._symbols
-        )
+        sizes = self._sizes_of(args)
         artifact = self._by_sizes.get(sizes)
         if artifact is None:
             with compile_lock:  # Dynamo's own: neither it nor Inductor compiles in two threads
                 artifact = self._find(sizes) or self._compile(sizes, args)
                 self._by_sizes[sizes] = artifact
         return artifact
+
+    def _sizes_of(self, args: Sequence[Any]) -> tuple[int, ...]:
+        return tuple(
+            args[at] if axis < 0 else args[at].shape[axis] for _, at, axis in self._symbols
+        )
 
     def _find(self, sizes: tuple[int, ...]) -> _Artifact | None:
         for artifact in self._artifacts:
@@ -135,7 +144,8 @@ class Program:
         self.compile_seconds += time.perf_counter() - started
         seconds = time.perf_counter() - started
         log.info("%s: compiled for %s in %.1f s", self.name, sizes, seconds)
-        facts = {"sizes": [int(size) for size in sizes], "lowering": self.lowering}
+        facts: dict[str, Any] = {"sizes": [int(size) for size in sizes], "lowering": self.lowering}
+        facts["regions"] = list(self.regions)
         with belonging_to(self.compilation):
             trace_artifact(f"compiled_{self.name}", lambda: facts | {"seconds": seconds})
         return artifact
@@ -165,8 +175,8 @@ class Program:
         with mode:
             fakes = [_fake(spec, arg, symbols) for spec, arg in zip(self.inputs, args, strict=True)]
         graph = self._stamped(fakes)
-        with belonging_to(self.compilation), tracing(TracingContext(mode)), torch.no_grad():
-            run: Any = compile_fx(graph, fakes)
+        with belonging_to(self.compilation), torch.no_grad():
+            run = self._run_of(graph, fakes, list(symbols.values()), mode)
         guard = None
         if environment.guards:
             guard = environment.produce_guards_expression(
@@ -174,6 +184,25 @@ class Program:
             )
         fixed = {at: size for at, size in enumerate(sizes) if size < 2}
         return _Artifact(run, guard, environment, fixed)
+
+    def _run_of(
+        self, graph: Any, fakes: list[Any], symbols: Sequence[Any], mode: FakeTensorMode
+    ) -> Callable[..., Any]:
+        """The graph compiled: as a chain of regions if it is deep, else whole."""
+
+        def compiled(graph: Any, fakes: list[Any]) -> Any:
+            graph._param_name_to_source = {}
+            graph.meta.setdefault("dynamo_compile_id", None)  # else the marks are not looked at
+            with tracing(TracingContext(mode)):
+                return compile_fx(graph, fakes)
+
+        chain = chain_of(graph, fakes, symbols, mode)
+        self.regions = (0,) if chain is None else chain.kinds
+        if chain is None:
+            return compiled(graph, fakes)
+        log.info("%s: %d regions of %d kinds", self.name, len(chain.links), len(chain.regions))
+        run = chain.runner([compiled(region.graph, region.inputs) for region in chain.regions])
+        return lambda *args: run(args, self._sizes_of(args))
 
     def _fresh_symbols(
         self, environment: ShapeEnv, sizes: tuple[int, ...]
@@ -197,8 +226,6 @@ class Program:
                 marks.setdefault("_dynamo_static_input_type", "unguarded")
             node.meta = {"tensor_dict": marks, "example_value": fake}
             node._dynamo_source = spec.source
-        graph._param_name_to_source = {}
-        graph.meta.setdefault("dynamo_compile_id", None)  # without it the marks are not looked at
         return graph
 
 
