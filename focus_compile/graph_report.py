@@ -174,5 +174,5 @@ def _launches(
     for name, (program, more) in given.items():
         with generated_code() as code:
             program.prepare(*inputs, *more)
-        found[name] = [launch for at in program.regions for launch in launches_in(code[at])]
+        found[name] = [launch for at in program.segments for launch in launches_in(code[at])]
     return found

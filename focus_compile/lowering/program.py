@@ -1,6 +1,6 @@
 """A program: one graph compiled by Inductor, reused for every size it was proven for.
 
-A deep graph is compiled as a chain of regions (see `regions`).
+A deep graph is compiled as a chain of segments (see `layer_chain`).
 
 Sizes that may change (the active rows, and what Dynamo traced symbolically) are symbols of a shape
 environment of the program's own. Whatever Inductor assumes of them becomes a guard that is checked
@@ -29,7 +29,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from focus_compile.capture import copy_graph_module
 from focus_compile.errors import CompileError
-from focus_compile.lowering.regions import chain_of
+from focus_compile.lowering.layer_chain import chain_of
 from focus_compile.torch_tools import (
     belonging_to,
     current_compilation,
@@ -79,7 +79,7 @@ class Program:
     compile_seconds: float = 0.0
     labels: Sequence[str] = ()
     """Of the attention ops in order, for torch.profiler."""
-    regions: tuple[int, ...] = (0,)
+    segments: tuple[int, ...] = (0,)
     """Of the artifact compiled last: which of its compiled graphs runs first, second and so on (see
     `chain_of`)."""
     compilation: CompileId | None = field(default_factory=current_compilation)
@@ -145,7 +145,7 @@ class Program:
         seconds = time.perf_counter() - started
         log.info("%s: compiled for %s in %.1f s", self.name, sizes, seconds)
         facts: dict[str, Any] = {"sizes": [int(size) for size in sizes], "lowering": self.lowering}
-        facts["regions"] = list(self.regions)
+        facts["segments"] = list(self.segments)
         with belonging_to(self.compilation):
             trace_artifact(f"compiled_{self.name}", lambda: facts | {"seconds": seconds})
         return artifact
@@ -188,7 +188,7 @@ class Program:
     def _run_of(
         self, graph: Any, fakes: list[Any], symbols: Sequence[Any], mode: FakeTensorMode
     ) -> Callable[..., Any]:
-        """The graph compiled: as a chain of regions if it is deep, else whole."""
+        """The graph compiled: as a chain of segments if it is deep, else whole."""
 
         def compiled(graph: Any, fakes: list[Any]) -> Any:
             graph._param_name_to_source = {}
@@ -197,11 +197,11 @@ class Program:
                 return compile_fx(graph, fakes)
 
         chain = chain_of(graph, fakes, symbols, mode)
-        self.regions = (0,) if chain is None else chain.kinds
+        self.segments = (0,) if chain is None else chain.kinds
         if chain is None:
             return compiled(graph, fakes)
-        log.info("%s: %d regions of %d kinds", self.name, len(chain.links), len(chain.regions))
-        run = chain.runner([compiled(region.graph, region.inputs) for region in chain.regions])
+        log.info("%s: %d segments of %d kinds", self.name, len(chain.links), len(chain.segments))
+        run = chain.runner([compiled(segment.graph, segment.inputs) for segment in chain.segments])
         return lambda *args: run(args, self._sizes_of(args))
 
     def _fresh_symbols(

@@ -1,4 +1,4 @@
-"""Deep programs run as a chain of regions: what the graph computes, each kind compiled once."""
+"""Deep programs run as a chain of segments: what the graph computes, each kind compiled once."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor, fx
 
 import focus_compile
 from focus_compile.lowering import program as lowering
+from focus_compile.lowering.layer_chain import FEWEST_LAYERS
 from focus_compile.lowering.program import InputSpec, Program
-from focus_compile.lowering.regions import FEWEST_LAYERS
 from tests.compiled import run_call
 from tests.models import ModelSpec, build
 from tests.runtime.tiny import MASK, assert_own, decided, prompt, shared
@@ -96,7 +96,7 @@ def check(program: Program, graph: fx.GraphModule, layers: int, rows: int) -> No
 def test_a_chain_is_its_graph(
     monkeypatch: pytest.MonkeyPatch, pattern: list[int], observed: int, passed: int
 ) -> None:
-    """For any number of rows, caches included; layers of the same code share a region."""
+    """For any number of rows, caches included; layers of the same code share a segment."""
     compiled = []
     monkeypatch.setattr(
         lowering, "compile_fx", lambda graph, fakes: compiled.append(graph) or graph
@@ -107,9 +107,9 @@ def test_a_chain_is_its_graph(
         check(program, graph, len(pattern), rows)
     assert program.compilations == 1
     middle = [(k, at == observed, at == passed) for at, k in enumerate(pattern)][1:-1]
-    assert len(program.regions) == len(pattern)
+    assert len(program.segments) == len(pattern)
     assert len(compiled) == len(set(middle)) + 2  # the first layer and the last are of no kind
-    assert len(set(program.regions)) == len(compiled)
+    assert len(set(program.segments)) == len(compiled)
 
 
 def test_what_no_region_reads_again_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,9 +154,10 @@ def test_compiled_whole(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
             )
     gm.recompile()
     program = program_of(gm, layers)
-    check(program, gm, layers, 4)
+    with torch.no_grad():  # puts back what the context leaves behind
+        check(program, gm, layers, 4)
     assert len(compiled) == 1
-    assert program.regions == (0,)
+    assert program.segments == (0,)
 
 
 @torch._dynamo.config.patch(specialize_float=True)

@@ -1,10 +1,10 @@
-"""A deep program as a chain of regions, of which those that are alike are compiled once.
+"""A deep program as a chain of segments, of which those that are alike are compiled once.
 
 The layers of a model are the same code over other weights. One graph of them all costs Inductor
-minutes at 32 layers; a region a layer, compiled once for each kind of layer, costs seconds. (torch
+minutes at 32 layers; a segment a layer, compiled once for each kind of layer, costs seconds. (torch
 calls this regional compilation; there a user names the module that repeats, here the graph shows
-it.) A region ends behind a matrix product, whose output is a buffer of its own in one graph too, so
-that everything else fuses as it would there.
+it.) A segment ends behind a matrix product, whose output is a buffer of its own in one graph too,
+so that everything else fuses as it would there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from focus_compile.kernels.library import ATTENTION
 
-__all__ = ["FEWEST_LAYERS", "Chain", "Link", "Region", "chain_of"]
+__all__ = ["FEWEST_LAYERS", "Chain", "Link", "Segment", "chain_of"]
 
 FEWEST_LAYERS = 8
 """Layers from which a program is cut: below, a call of each costs more than compiling saves."""
@@ -50,8 +50,8 @@ _SCOPES = ("_enter_", "_exit_", "_set_grad_enabled", "_saved_tensors_hooks")
 
 
 @dataclass(frozen=True)
-class Region:
-    """A graph to compile: its placeholders are `symbols` sizes, then `inputs`, fakes all."""
+class Segment:
+    """A graph to compile, and what its placeholders hold: sizes, then fake tensors."""
 
     graph: fx.GraphModule
     inputs: list[Any]
@@ -59,10 +59,10 @@ class Region:
 
 @dataclass(frozen=True)
 class Link:
-    """One call: of which region, on which values, making which. Values are numbers: the program's
+    """One call: of which segment, on which values, making which. Values are numbers: the program's
     inputs in order, its symbols, then what was made. `drop`: of no use from here on."""
 
-    region: int
+    segment: int
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     drop: tuple[int, ...] = ()
@@ -70,21 +70,22 @@ class Link:
 
 @dataclass(frozen=True)
 class Chain:
-    """Regions, and their calls in order."""
+    """Segments, and their calls in order. values: how many numbers stand for one; results: of what
+    the program returns."""
 
-    regions: list[Region]
+    segments: list[Segment]
     links: list[Link]
     values: int
     results: tuple[int, ...]
 
     @property
     def kinds(self) -> tuple[int, ...]:
-        """Which region each link calls."""
-        return tuple(link.region for link in self.links)
+        """Which segment each link calls."""
+        return tuple(link.segment for link in self.links)
 
     def runner(self, compiled: Sequence[Callable[..., Any]]) -> Callable[..., tuple[Any, ...]]:
-        """run(inputs, symbols), of one callable for each region."""
-        links = [(compiled[link.region], link) for link in self.links]
+        """run(inputs, symbols), of one callable for each segment."""
+        links = [(compiled[link.segment], link) for link in self.links]
         count, results = self.values, self.results
 
         def run(inputs: Sequence[Any], symbols: Sequence[int]) -> tuple[Any, ...]:
@@ -92,8 +93,8 @@ class Chain:
             values += [None] * (count - len(values))
             for call, link in links:
                 made = call(*[values[at] for at in link.inputs])
-                for at, value in zip(link.outputs, made, strict=True):
-                    values[at] = value
+                for number, at in enumerate(link.outputs):
+                    values[at] = made[number]
                 del made
                 for at in link.drop:
                     values[at] = None
@@ -108,7 +109,7 @@ def chain_of(
     """The program as a chain, or None where it is shallow or cannot be cut.
 
     fakes: what its placeholders hold, in `mode`. symbols: the sizes that they are made of, SymInts
-    or numbers; of the placeholders' meta a region keeps `tensor_dict`.
+    or numbers; of the placeholders' meta a segment keeps `tensor_dict`.
     """
     nodes = list(gm.graph.nodes)
     layers = [at for at, node in enumerate(nodes) if _is_attention(node)]
@@ -153,7 +154,7 @@ def _can_be_cut(node: fx.Node) -> bool:
 def _cuts(
     nodes: Sequence[fx.Node], layers: Sequence[int], values: Mapping[fx.Node, Any]
 ) -> list[fx.Node] | None:
-    """The last node of each region but the last: one cut between two attentions, at the last
+    """The last node of each segment but the last: one cut between two attentions, at the last
     matrix product where (almost) the fewest values are alive."""
     places: list[list[tuple[fx.Node, int]]] = [[] for _ in layers]
     for at, (node, alive) in enumerate(_alive_behind(nodes)):
@@ -202,7 +203,7 @@ def _is_product(node: fx.Node) -> bool:
 
 @dataclass
 class _Cutter:
-    """Makes the regions of one program and counts its values."""
+    """Makes the segments of one program and counts its values."""
 
     gm: fx.GraphModule
     held: Mapping[fx.Node, Any]
@@ -222,7 +223,7 @@ class _Cutter:
         numbers: dict[Any, int] = {
             value: at for at, value in enumerate([*placeholders, *self.symbols])
         }
-        regions: list[Region] = []
+        segments: list[Segment] = []
         kinds: dict[Any, int] = {}
         links: list[Link] = []
         for number, part in enumerate(parts):
@@ -237,15 +238,15 @@ class _Cutter:
             sizes = self._sizes_in([*given, *inside])
             key = self._key(sizes, list(given), inside, made)
             if key not in kinds:
-                kinds[key] = len(regions)
-                regions.append(self._region(sizes, list(given), inside, made))
+                kinds[key] = len(segments)
+                segments.append(self._segment(sizes, list(given), inside, made))
             for node in made:
                 numbers[node] = len(numbers)
             used = tuple(numbers[value] for value in [*sizes, *given])
             links.append(Link(kinds[key], used, tuple(numbers[node] for node in made)))
         results = tuple(numbers[node] for node in result.args[0])
         kept = len(placeholders) + len(self.symbols)
-        return Chain(regions, _with_drops(links, results, kept), len(numbers), results)
+        return Chain(segments, _with_drops(links, results, kept), len(numbers), results)
 
     def _parts(self, cuts: Sequence[fx.Node]) -> list[list[fx.Node]]:
         ends, parts = set(cuts), [[]]  # type: tuple[set[fx.Node], list[list[fx.Node]]]
@@ -258,7 +259,7 @@ class _Cutter:
         return parts
 
     def _is_number(self, node: fx.Node) -> bool:
-        """Whether it is the same number in every call, and stands in the regions as such."""
+        """Whether it is the same number in every call, and stands in the segments as such."""
         return type(self.held[node]) in _NUMBERS
 
     def _sizes_in(self, nodes: Sequence[fx.Node]) -> list[str]:
@@ -275,7 +276,7 @@ class _Cutter:
         inside: Sequence[fx.Node],
         made: Sequence[fx.Node],
     ) -> Any:
-        """Equal for regions that one compiled graph can stand for."""
+        """Equal for segments that one compiled graph can stand for."""
         names = {node: _Name(f"given_{at}") for at, node in enumerate(given)}
         names |= {node: _Name(f"own_{at}") for at, node in enumerate(inside)}
 
@@ -290,13 +291,13 @@ class _Cutter:
         calls = [(n.op, n.target, repr(map_arg((n.args, n.kwargs), name))) for n in inside]
         return (*sizes, *inputs, *calls, *(str(names[node]) for node in made))
 
-    def _region(
+    def _segment(
         self,
         sizes: Sequence[str],
         given: Sequence[fx.Node],
         inside: Sequence[fx.Node],
         made: Sequence[fx.Node],
-    ) -> Region:
+    ) -> Segment:
         graph = fx.Graph()
         fakes = [self.symbols[name] for name in sizes] + [self.held[node] for node in given]
         twins: dict[fx.Node, Any] = {}
@@ -317,7 +318,7 @@ class _Cutter:
             twins[node] = graph.create_node(node.op, node.target, args, kwargs, node.name)
             twins[node].meta = dict(node.meta)
         graph.output(tuple(twins[node] for node in made))
-        return Region(fx.GraphModule({}, graph), fakes)
+        return Segment(fx.GraphModule({}, graph), fakes)
 
 
 class _Name(str):
