@@ -160,6 +160,7 @@ def main(
         "ceilings": ceilings.to_dict(),
         "work": dict(work.__dict__),
         "options": ours,
+        "dynamic": dynamic,
         "load": [os.getloadavg()[0]],
         "inductor_cache": "warm" if (Path(cache_dir()) / "fxgraph").exists() else "empty",
     }

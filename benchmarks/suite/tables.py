@@ -206,10 +206,11 @@ def _provenance(result: dict[str, Any]) -> str:
                 top["gemm_tflop_s"],
                 " – ".join(f"{load:.1f}" for load in found.get("load", [])),
                 found.get("inductor_cache"),
+                "share one" if found.get("dynamic") else "one each",
             ]
         )
     header = ["run", "device", "torch", "triton", "commit or source", "copy TB/s", "GEMM TFLOP/s"]
-    header += ["load of the host", "Inductor's cache"]
+    header += ["load of the host", "Inductor's cache", "programs of the contexts"]
     text = "## Runs and their ceilings\n\n" + table(header, rows)
     checks = [
         [model, c["layers"], c["calls"], c["same_tokens"], c["worst_row_error"], _agreement(c)]
