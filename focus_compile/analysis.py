@@ -28,6 +28,7 @@ from focus_compile.passes.ids_and_logits import (
     output_widths,
 )
 from focus_compile.passes.match_attention import MatchAttention
+from focus_compile.passes.postpone_slices import PostponeSlices
 from focus_compile.passes.remove_no_ops import autocast_is_on
 from focus_compile.passes.shard_nodes import shards_of
 from focus_compile.passes.sites import sites_of
@@ -93,6 +94,8 @@ def plan_of(
         # What follows the model may mix rows; where that is no remedy, the first reason stands.
         if config.policy in BLOCK_POLICIES:
             return replace(plan, refusals=(whole.refusal,))
+        if PostponeSlices(ids, vocabulary).apply(gm):
+            dump(PostponeSlices.name, gm)
         try:
             tail = CutTail(ids, weights, vocabulary).apply(gm)
             plan = _with_rows(_with_tail(plan, tail, placeholders), gm, ids, weights)

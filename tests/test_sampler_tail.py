@@ -94,6 +94,27 @@ def shifted(model: Any) -> Denoise:
     return denoise
 
 
+def of_the_response(model: Any) -> Denoise:
+    """Slices before it computes."""
+
+    def denoise(ids: Tensor) -> Tensor:
+        start = ids.shape[1] // 2
+        response = best(ids[:, start:], *predictions(model(ids)[:, start:]), 2)
+        return torch.cat([ids[:, :start], response], 1)
+
+    return denoise
+
+
+def turned_round(model: Any) -> Denoise:
+    """Reads logits of all rows."""
+
+    def denoise(ids: Tensor) -> Tensor:
+        logits = model(ids).flip(1).flip(1)
+        return best(ids, *predictions(logits), 2)
+
+    return denoise
+
+
 def decode(denoise: Denoise, ids: Tensor) -> tuple[Tensor, list[str]]:
     """All masks decoded, and the programs that ran."""
     ids = ids.clone()
@@ -122,6 +143,8 @@ def beside(model: nn.Module, **options: Any) -> Any:
         (in_place, "focus-dllm"),
         (copied_in_place, "prefix-cache"),
         (shifted, "focus-dllm"),
+        (of_the_response, "focus-dllm"),
+        (turned_round, "dual-cache"),
     ],
 )
 def test_tokens_are_those_of_the_sampler_beside_the_model(sampler: Any, policy: str) -> None:
@@ -158,7 +181,7 @@ def plan_of(denoise: Denoise, ids: Tensor, **options: Any) -> Any:
     return explained.graphs[0]
 
 
-@pytest.mark.parametrize("sampler", [top_k, threshold, in_place])
+@pytest.mark.parametrize("sampler", [top_k, threshold, in_place, shifted, of_the_response])
 def test_logits_of_all_rows_are_not_kept(sampler: Any) -> None:
     plan = plan_of(sampler(tiny_model()), prompt()).plan
     assert plan.tail is not None
@@ -170,7 +193,7 @@ def test_logits_of_all_rows_are_not_kept(sampler: Any) -> None:
     assert "in full behind the model" in str(plan)
 
 
-@pytest.mark.parametrize(("sampler", "more"), [(random_tokens, [8]), (shifted, [])])
+@pytest.mark.parametrize(("sampler", "more"), [(random_tokens, [8]), (turned_round, [])])
 def test_a_tail_that_needs_all_logits_gets_them_in_the_model_s_own_numbers(
     sampler: Any, more: list[int]
 ) -> None:
@@ -383,7 +406,7 @@ def test_a_head_over_all_tokens_in_one_axis() -> None:
             return head(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:2], -1)
 
     model.head = Flat()
-    plan = plan_of(shifted(model), prompt(masks=4, length=16, batch=2)).plan
+    plan = plan_of(turned_round(model), prompt(masks=4, length=16, batch=2)).plan
     assert not plan.refusals
     assert [output.row_bytes for output in plan.outputs] == [4 * SPEC.vocab]
 

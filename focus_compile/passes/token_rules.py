@@ -35,7 +35,7 @@ from focus_compile.plan import Factor, RowAxes
 if TYPE_CHECKING:
     from focus_compile.passes.token_axis import Demands
 
-__all__ = ["Rule", "moved_by_reshape", "rule_for"]
+__all__ = ["Rule", "is_elementwise", "moved_by_reshape", "rule_for"]
 
 Rule = Callable[["Demands", fx.Node, RowAxes], None]
 
@@ -65,9 +65,13 @@ def rule_for(node: fx.Node) -> Rule:
     tags = getattr(node.target, "tags", ())
     if torch.Tag.nondeterministic_seeded in tags:
         return _random
-    if name in ELEMENTWISE or torch.Tag.pointwise in tags:
-        return _elementwise
-    return _unknown
+    return _elementwise if is_elementwise(node) else _unknown
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether each element is made from the same one of every input, as broadcast."""
+    tags = getattr(node.target, "tags", ())
+    return op_name(node).rsplit(".", 1)[0] in ELEMENTWISE or torch.Tag.pointwise in tags
 
 
 def _unknown(demands: Demands, node: fx.Node, axes: RowAxes) -> None:
