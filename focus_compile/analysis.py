@@ -94,7 +94,7 @@ def plan_of(
         # What follows the model may mix rows; where that is no remedy, the first reason stands.
         if config.policy in BLOCK_POLICIES:
             return replace(plan, refusals=(whole.refusal,))
-        if PostponeSlices(ids, vocabulary).apply(gm):
+        if PostponeSlices(ids).apply(gm):
             dump(PostponeSlices.name, gm)
         try:
             tail = CutTail(ids, weights, vocabulary).apply(gm)

@@ -134,7 +134,6 @@ def plain_call(function: Any, *args: Any, **inputs: Any) -> list[Tensor]:
 
 CALLS: dict[str, tuple[str, dict[str, Any], str]] = {
     "cache": ("llama", {"use_cache": True}, "use_cache=False"),
-    "some logits": ("llama", {"logits_to_keep": 3}, "expected [2, 20, ...] with one row a token"),
 }
 
 
@@ -142,6 +141,18 @@ CALLS: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_calls_for_more_than_logits_run_exactly(case: str) -> None:
     name, inputs, reason = CALLS[case]
     assert_exact(build_stock(name), trajectory()[0], reason=reason, **inputs)
+
+
+def test_the_last_logits_alone() -> None:
+    """The head's slice comes after its rows."""
+    model, found = build_stock("llama"), []
+    for inputs in ({}, {"logits_to_keep": 3}):
+        focus = compiled(model, mask_token_id=MASK, strict=True)
+        found.append([run_call(focus, ids, **inputs) for ids in trajectory()])
+    assert "step" in [record.program for _, record in found[0]]
+    for (every, one), (last, other) in zip(*found, strict=True):
+        assert one.program == other.program
+        torch.testing.assert_close(last, every[:, -3:])
 
 
 @pytest.mark.parametrize("name", ["eurobert", "bert"])

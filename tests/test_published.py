@@ -66,9 +66,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         "sdar", {}, {"attention_mask": block_causal_mask(LENGTH, 4)}, "torch.all(mask)",
     ),
     "llada2's experts in a loop": ("llada2", {"experts": "loop"}, {}, "counts.tolist()"),
-    "dream, some logits": (
-        "dream", {}, {"num_logits_to_keep": 3}, "expected [2, 20, ...] with one row a token",
-    ),
 }  # fmt: skip
 
 
@@ -76,6 +73,19 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 def test_a_forward_that_is_cut_says_where(case: str) -> None:
     name, options, inputs, reason = REFUSED[case]
     assert_exact(build_published(name, **options), trajectory()[0], reason=reason, **inputs)
+
+
+def test_a_head_over_the_last_rows() -> None:
+    """The rows are those of the head over all, and the slice comes after it."""
+    model, found = build_published("dream"), []
+    for inputs in ({}, {"num_logits_to_keep": 3}):
+        focus = compiled(model, mask_token_id=MASK, strict=True)
+        found.append([run_call(focus, ids, **inputs) for ids in trajectory()])
+    assert "step" in [record.program for _, record in found[0]]
+    for (every, one), (last, other) in zip(*found, strict=True):
+        assert one.program == other.program
+        assert last.shape[1] == 3
+        torch.testing.assert_close(last, every[:, -3:])
 
 
 def test_a_look_at_a_mask_is_no_fallback() -> None:

@@ -1,9 +1,10 @@
-"""Slices of logits along the tokens, made behind the row-wise ops that read them.
+"""Slices along the tokens, made behind the row-wise ops that read them.
 
 A sampler may slice first and compute then: `logits[:, prompt:].argmax(-1)`, or, for a model whose
-rows predict the token after their own, `torch.cat([logits[:, :1], logits[:, :-1]], 1)`. What picks
-rows mixes none of their values, so u(slice(x)) is slice(u(x)) for a row-wise u; then u runs at the
-active rows, and the slice at what is left of a row: a token and its probability.
+rows predict the token after their own, `torch.cat([logits[:, :1], logits[:, :-1]], 1)`; a model may
+slice before its head (`logits_to_keep`). What picks rows mixes none of their values, so u(slice(x))
+is slice(u(x)) for a row-wise u; then u runs at the active rows, and the slice at what is left of a
+row: a token and its probability.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import sympy
 import torch
 from torch import fx
 
@@ -49,12 +49,11 @@ class _Late:
 class PostponeSlices:
     """Needs: the canonical graph. Keeps every value.
 
-    ids: the placeholder of the token ids; vocabulary: width of the logits.
+    ids: the placeholder of the token ids.
     """
 
     name: ClassVar[str] = "postpone-slices"
     ids: fx.Node
-    vocabulary: int
 
     def apply(self, gm: fx.GraphModule) -> int:
         """Number of ops that now come before the slices."""
@@ -90,12 +89,14 @@ class PostponeSlices:
     def _source(self, value: Any, late: dict[fx.Node, _Late]) -> _Late | None:
         if value in late:
             return late[value]
-        return _Late(value, ()) if self._is_logits(value) else None
+        return _Late(value, ()) if self._has_wide_rows(value) else None
 
-    def _is_logits(self, value: Any) -> bool:
+    def _has_wide_rows(self, value: Any) -> bool:
+        """Whether it holds features of every token: hidden states, or logits."""
         tensor = tensor_of(value)
-        wanted = [*shape_of(self.ids), sympy.Integer(self.vocabulary)]
-        return tensor is not None and tensor.is_floating_point() and shape_of(value) == wanted
+        if tensor is None or tensor.dim() != 3 or not tensor.is_floating_point():
+            return False
+        return shape_of(value)[:2] == shape_of(self.ids)
 
     @staticmethod
     def _before(node: fx.Node, moves: tuple[Any, ...], late: dict[fx.Node, _Late]) -> None:
@@ -162,6 +163,13 @@ def _commutes(node: fx.Node, late: dict[fx.Node, _Late]) -> bool:
         return False  # other sizes draw other numbers
     name = op_name(node).rpartition(".")[0]
     rest = [source for source in node.all_input_nodes if source not in late]
+    if name in ("linear", "matmul"):
+        features, *weights = node.args
+        return (
+            features in late
+            and not any(weight in late for weight in weights)
+            and (name == "linear" or len(shape_of(weights[0])) == 2)
+        )
     if name in _DIM and op_name(node) not in ("max.other", "min.other"):
         return not any(tensor_of(source) is not None for source in rest) and _spares_tokens(node)
     if not is_elementwise(node) or tensor_of(node) is None:

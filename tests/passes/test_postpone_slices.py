@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
@@ -25,6 +26,10 @@ def shift(x: Tensor) -> Tensor:
     return torch.cat([x[:, :1], x[:, :-1]], 1)
 
 
+def weight() -> Tensor:
+    return torch.arange(3.0 * VOCABULARY).reshape(3, VOCABULARY).sin()
+
+
 def probability_of_best(logits: Tensor) -> Tensor:
     best = logits.argmax(-1, keepdim=True)
     return torch.softmax(logits.double(), -1).gather(-1, best).squeeze(-1)
@@ -41,6 +46,8 @@ MOVED: dict[str, Sampler] = {
     "one vector for all tokens": lambda ids, x: (x[:, 3:] + torch.arange(VOCABULARY)).argmax(-1),
     "a part of the vocabulary": lambda ids, x: x[:, 3:, 1:4].logsumexp(-1),
     "one axis more": lambda ids, x: x[:, 3:].unsqueeze(-1).squeeze(-1).argmax(-1),
+    "head of the last": lambda ids, x: F.linear(x[:, -3:], weight()).argmax(-1),
+    "product of the last": lambda ids, x: ((x[:, -3:] / 2) @ weight().mT).argmax(-1),
     "two slices": lambda ids, x: (x[:, :4].argmax(-1), x[:, 4:].argmax(-1)),
     "two of one slice": lambda ids, x: (x[:, 4:] * x[:, 4:].exp()).argmax(-1),
     "beside the ids": lambda ids, x: torch.where(ids[:, 4:] == 1, x[:, 4:].argmax(-1), ids[:, 4:]),
@@ -53,6 +60,8 @@ STAYED: dict[str, Sampler] = {
     "turned round": lambda ids, x: x[:, 4:].flip(1),
     "a value for each token": lambda ids, x: x[:, 4:] + ids[:, 4:, None],
     "slices that differ": lambda ids, x: x[:, 4:] - x[:, 3:-1],
+    "product of two": lambda ids, x: x[:, 4:] @ x[:, 4:].mT,
+    "product of a slice's transpose": lambda ids, x: weight() @ x[:, -3:].mT,
     "slices of the vocabulary": lambda ids, x: x[:, :, 1:].argmax(-1),
     "no logits": lambda ids, x: x.sum(-1)[:, 4:].exp(),
     "parts of two values": lambda ids, x: torch.cat([x[:, :1], x.exp()[:, :-1]], 1).argmax(-1),
@@ -69,7 +78,7 @@ def rewritten(sampler: Sampler) -> tuple[fx.GraphModule, int]:
     """The graph of a sampler after the pass, and what the pass counted."""
     gm = make_fx(sampler, tracing_mode="fake", pre_dispatch=True)(*example())
     RemoveNoOps().apply(gm)
-    return gm, PostponeSlices(ids_of(gm), VOCABULARY).apply(gm)
+    return gm, PostponeSlices(ids_of(gm)).apply(gm)
 
 
 def ids_of(gm: fx.GraphModule) -> fx.Node:
@@ -100,7 +109,7 @@ def test_hits(name: str) -> None:
     assert not wide_slices(gm)
     for seed in range(3):
         same(gm(*example(seed)), MOVED[name](*example(seed)))
-    again = PostponeSlices(ids_of(gm), VOCABULARY)
+    again = PostponeSlices(ids_of(gm))
     before = op_names(gm)
     assert again.apply(gm) == 0
     assert op_names(gm) == before
