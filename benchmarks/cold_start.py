@@ -1,14 +1,17 @@
 """From an empty process to steady steps: what starting costs, in a first process and in a second.
 
-    python -m benchmarks.cold_start --json benchmarks/results/cold_start_cpu.json
+    python -m benchmarks.cold_start --layers 32 --json benchmarks/results/cold_start_cpu.json
     python -m benchmarks.cold_start --model llada --context 8192 --device cuda
 
 A first process compiles everything; a second one finds Inductor's cache on the disk. Both trace the
-model and run the passes. Random weights, one decode block, one token a step.
+model and run the passes. Where layers are compiled once for each kind, a third process, without a
+cache, compiles all of them in one graph, for comparison. Random weights, one decode block, one
+token a step.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import statistics
@@ -37,6 +40,8 @@ PHASES = {
     "step_s": "every step from then on",
 }
 PROCESSES = ("first process", "second process")
+ONE_GRAPH = "first process, one graph"
+TO_FIRST_STEP = ("trace_s", "passes_s", "inductor_s", "refresh_s", "first_step_s")
 STEPS = 12
 RESPONSE = 64
 
@@ -44,7 +49,14 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(width=120)
 
 
-def start(model_name: str, context: int, device_name: str, lowering: str) -> dict[str, float]:
+def start(
+    model_name: str,
+    context: int,
+    device_name: str,
+    lowering: str,
+    layers: int | None = None,
+    one_graph: bool = False,
+) -> dict[str, float]:
     """Seconds of every phase of `PHASES` in this process, which has imported no torch yet."""
     found: dict[str, float] = {}
     begun = time.perf_counter()
@@ -62,8 +74,13 @@ def start(model_name: str, context: int, device_name: str, lowering: str) -> dic
     phase("import_s")
     from benchmarks.suite.shapes import SHAPES, build
     from focus_compile import backend
+    from focus_compile.lowering import layer_chain
 
     device, shape = torch.device(device_name), SHAPES[model_name]
+    if layers is not None:
+        shape = dataclasses.replace(shape, layers=layers)
+    if one_graph:
+        layer_chain.FEWEST_LAYERS = shape.layers + 1
     ids = torch.randint(3, shape.mask_token_id, (1, context + RESPONSE), device=device)
     ids[:, context:] = shape.mask_token_id
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -120,26 +137,41 @@ def child(arguments: list[str], cache: str) -> dict[str, float]:
     return found
 
 
+def is_deep(model: str, layers: int | None) -> bool:
+    from benchmarks.suite.shapes import SHAPES
+    from focus_compile.lowering.layer_chain import FEWEST_LAYERS
+
+    return (layers or SHAPES[model].layers) >= FEWEST_LAYERS
+
+
 @app.command()
 def main(
     model: Annotated[str, typer.Option(help="llada, dream or tiny.")] = "tiny",
     context: Annotated[int, typer.Option(help="Prompt tokens.")] = 1024,
     device: str = "cpu",
     lowering: str = "inductor",
+    layers: Annotated[int | None, typer.Option(help="Instead of the shape's own.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    one_graph: Annotated[bool, typer.Option("--one-graph", hidden=True)] = False,
     as_child: Annotated[bool, typer.Option("--child", hidden=True)] = False,
 ) -> None:
     """Start twice, and show where the time goes."""
     if as_child:
-        print(json.dumps(start(model, context, device, lowering)))
+        print(json.dumps(start(model, context, device, lowering, layers, one_graph)))
         return
     arguments = ["--model", model, "--context", str(context), "--device", device]
+    arguments += ["--lowering", lowering]
+    arguments += [] if layers is None else ["--layers", str(layers)]
     with tempfile.TemporaryDirectory() as cache:
-        found = {name: child([*arguments, "--lowering", lowering], cache) for name in PROCESSES}
-    table = Table("seconds", *PROCESSES, title=f"{model}, {context} prompt tokens, {device}")
+        found = {name: child(arguments, cache) for name in PROCESSES}
+    if is_deep(model, layers) and lowering == "inductor":
+        with tempfile.TemporaryDirectory() as cache:
+            found[ONE_GRAPH] = child([*arguments, "--one-graph"], cache)
+    title = f"{model}, {context} prompt tokens, {device}"
+    table = Table("seconds", *found, title=title + (f", {layers} layers" if layers else ""))
     for key, what in PHASES.items():
-        table.add_row(what, *(f"{found[name][key]:.3f}" for name in PROCESSES))
-    until = [sum(list(found[name].values())[3:-2]) for name in PROCESSES]
+        table.add_row(what, *(f"{times[key]:.3f}" for times in found.values()))
+    until = [sum(times[key] for key in TO_FIRST_STEP) for times in found.values()]
     table.add_row("from the first call to the end of the first step", *(f"{s:.1f}" for s in until))
     console.print(table)
     if json_file is not None:
@@ -147,6 +179,7 @@ def main(
 
         where = environment.describe()
         result = {"environment": where, "model": model, "context": context, "device": device}
+        result |= {} if layers is None else {"layers": layers}
         json_file.write_text(json.dumps(result | {"processes": found}, indent=2) + "\n")
 
 
