@@ -174,5 +174,7 @@ def _launches(
     for name, (program, more) in given.items():
         with generated_code() as code:
             program.prepare(*inputs, *more)
-        found[name] = [launch for at in program.segments for launch in launches_in(code[at])]
+        alike = len(set(program.segments)) == len(code)
+        texts = [code[at] for at in program.segments] if alike else code
+        found[name] = [launch for text in texts for launch in launches_in(text)]
     return found

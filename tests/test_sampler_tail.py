@@ -105,6 +105,15 @@ def of_the_response(model: Any) -> Denoise:
     return denoise
 
 
+def of_the_response_in_place(model: Any) -> Denoise:
+    def denoise(ids: Tensor) -> Tensor:
+        start = ids.shape[1] // 2
+        ids[:, start:] = best(ids[:, start:], *predictions(model(ids)[:, start:]), 2)
+        return ids
+
+    return denoise
+
+
 def turned_round(model: Any) -> Denoise:
     """Reads logits of all rows."""
 
@@ -144,6 +153,7 @@ def beside(model: nn.Module, **options: Any) -> Any:
         (copied_in_place, "prefix-cache"),
         (shifted, "focus-dllm"),
         (of_the_response, "focus-dllm"),
+        (of_the_response_in_place, "focus-dllm"),
         (turned_round, "dual-cache"),
     ],
 )
@@ -181,7 +191,9 @@ def plan_of(denoise: Denoise, ids: Tensor, **options: Any) -> Any:
     return explained.graphs[0]
 
 
-@pytest.mark.parametrize("sampler", [top_k, threshold, in_place, shifted, of_the_response])
+@pytest.mark.parametrize(
+    "sampler", [top_k, threshold, in_place, shifted, of_the_response, of_the_response_in_place]
+)
 def test_logits_of_all_rows_are_not_kept(sampler: Any) -> None:
     plan = plan_of(sampler(tiny_model()), prompt()).plan
     assert plan.tail is not None

@@ -139,11 +139,12 @@ def _apply(moves: tuple[Any, ...], value: fx.Node, after: fx.Node) -> fx.Node:
 
 
 def _argument(node: fx.Node, at: int, default: Any) -> Any:
-    """A positional argument of the schema, wherever it is given."""
+    """A positional argument of the schema, wherever it is given; `default` if the op has none."""
     if at < len(node.args):
         return node.args[at]
     target: Any = node.target
-    return node.kwargs.get(target._schema.arguments[at].name, default)
+    names = [argument.name for argument in target._schema.arguments[at : at + 1]]
+    return node.kwargs.get(names[0], default) if names else default
 
 
 def _shared_moves(node: fx.Node, late: dict[fx.Node, _Late]) -> tuple[Any, ...] | None:
@@ -164,12 +165,7 @@ def _commutes(node: fx.Node, late: dict[fx.Node, _Late]) -> bool:
     name = op_name(node).rpartition(".")[0]
     rest = [source for source in node.all_input_nodes if source not in late]
     if name in ("linear", "matmul"):
-        features, *weights = node.args
-        return (
-            features in late
-            and not any(weight in late for weight in weights)
-            and (name == "linear" or len(shape_of(weights[0])) == 2)
-        )
+        return _maps_features(node, late)
     if name in _DIM and op_name(node) not in ("max.other", "min.other"):
         return not any(tensor_of(source) is not None for source in rest) and _spares_tokens(node)
     if not is_elementwise(node) or tensor_of(node) is None:
@@ -179,6 +175,15 @@ def _commutes(node: fx.Node, late: dict[fx.Node, _Late]) -> bool:
     return all(len(shape_of(source)) == rank for source in own) and all(
         _is_one_for_all(source, rank) for source in rest
     )
+
+
+def _maps_features(node: fx.Node, late: dict[fx.Node, _Late]) -> bool:
+    """Whether a product's left operand alone has tokens, before its last axis."""
+    features, *weights = node.args
+    if features not in late or any(weight in late for weight in weights):
+        return False
+    matrix = op_name(node) == "linear.default" or len(shape_of(weights[0])) == 2
+    return matrix and len(shape_of(features)) > TOKENS + 1
 
 
 def _spares_tokens(node: fx.Node) -> bool:

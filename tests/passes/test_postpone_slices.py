@@ -51,6 +51,8 @@ MOVED: dict[str, Sampler] = {
     "two slices": lambda ids, x: (x[:, :4].argmax(-1), x[:, 4:].argmax(-1)),
     "two of one slice": lambda ids, x: (x[:, 4:] * x[:, 4:].exp()).argmax(-1),
     "beside the ids": lambda ids, x: torch.where(ids[:, 4:] == 1, x[:, 4:].argmax(-1), ids[:, 4:]),
+    "product over the tokens": lambda ids, x: x[:, 4:].amax(-1) @ torch.ones(TOKENS - 4, 2),
+    "layer over the tokens": lambda ids, x: F.linear(x[:, 4:].amax(-1), torch.ones(2, TOKENS - 4)),
     "read sliced as well": lambda ids, x: x[:, 4:].argmax(-1).cumsum(1),
 }
 STAYED: dict[str, Sampler] = {
@@ -62,6 +64,9 @@ STAYED: dict[str, Sampler] = {
     "slices that differ": lambda ids, x: x[:, 4:] - x[:, 3:-1],
     "product of two": lambda ids, x: x[:, 4:] @ x[:, 4:].mT,
     "product of a slice's transpose": lambda ids, x: weight() @ x[:, -3:].mT,
+    "largest of all": lambda ids, x: x[:, 4:].max(),
+    "any at all": lambda ids, x: x[:, 4:].any(),
+    "without axes of one": lambda ids, x: x[:, 4:5].squeeze(),
     "slices of the vocabulary": lambda ids, x: x[:, :, 1:].argmax(-1),
     "no logits": lambda ids, x: x.sum(-1)[:, 4:].exp(),
     "parts of two values": lambda ids, x: torch.cat([x[:, :1], x.exp()[:, :-1]], 1).argmax(-1),
