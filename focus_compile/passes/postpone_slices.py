@@ -160,8 +160,8 @@ def _commutes(node: fx.Node, late: dict[fx.Node, _Late]) -> bool:
         return True
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
-    if torch.Tag.nondeterministic_seeded in node.target.tags:
-        return False  # other sizes draw other numbers
+    if node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags:
+        return False  # it writes, or other sizes draw other numbers
     name = op_name(node).rpartition(".")[0]
     rest = [source for source in node.all_input_nodes if source not in late]
     if name in ("linear", "matmul"):
