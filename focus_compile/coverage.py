@@ -10,8 +10,10 @@ of the model.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -163,17 +165,31 @@ def build(name: str, implementation: str = "sdpa", **options: Any) -> nn.Module:
     return made.eval()
 
 
-def cover(device: str = "cpu", lowering: str = "eager") -> Iterator[Coverage]:
-    """Try every family in every implementation, one result at a time."""
+def cover(device: str = "cpu", lowering: str = "eager", jobs: int = 1) -> Iterator[Coverage]:
+    """Try every family in every implementation, one result at a time, in `jobs` processes."""
+    cells = [(*cell, device, lowering) for cell in _cells()]
+    if jobs == 1:
+        yield from (_tried(cell) for cell in cells)
+        return
+    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+        yield from pool.map(_tried, cells)
+
+
+def _cells() -> Iterator[tuple[str, str, str]]:
+    """(family, implementation, attention) of everything that is tried."""
     for name, family in FAMILIES.items():
         for implementation in IMPLEMENTATIONS:
-            for attention in ("bidirectional", "block-causal"):
-                if attention == "bidirectional" or family.decoder:
-                    outcome, reason = _try(name, implementation, attention, device, lowering)
-                    yield Coverage(name, implementation, attention, device, outcome, reason)
+            yield name, implementation, "bidirectional"
+            if family.decoder:
+                yield name, implementation, "block-causal"
     for way, how in WAYS.items():
-        outcome, reason = _try(how.family, "sdpa", way, device, lowering)
-        yield Coverage(how.family, "sdpa", way, device, outcome, reason)
+        yield how.family, "sdpa", way
+
+
+def _tried(cell: tuple[str, str, str, str, str]) -> Coverage:
+    name, implementation, attention, device, _ = cell
+    return Coverage(name, implementation, attention, device, *_try(*cell))
 
 
 def _try(
@@ -261,6 +277,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     lowering: Annotated[str, typer.Option(help="eager, or inductor as in use.")] = "eager",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes to try them in.")] = 1,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the result here.")
@@ -275,7 +292,7 @@ def main(
     console = Console()
     found: list[Coverage] = []
     with console.status("compiling tiny models") as status:
-        for one in cover(device, lowering):
+        for one in cover(device, lowering, jobs):
             found.append(one)
             status.update(f"{one.family}, {one.implementation}, {one.attention}: {one.outcome}")
     if markdown:

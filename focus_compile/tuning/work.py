@@ -14,6 +14,7 @@ from focus_compile.config import FocusConfig
 from focus_compile.errors import OptionError
 from focus_compile.explain import explain
 from focus_compile.passes.sites import regions_of
+from focus_compile.plan import Plan
 from focus_compile.runtime.record import StepRecord
 
 __all__ = ["ModelShape"]
@@ -44,7 +45,7 @@ class ModelShape:
         sites = [
             site
             for graph in explanation.graphs
-            if graph.plan is not None and not graph.refusals
+            if isinstance(graph.plan, Plan) and not graph.refusals
             for site in graph.plan.sites
         ]
         if not sites:
