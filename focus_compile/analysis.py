@@ -82,7 +82,8 @@ def plan_of(
     plan = _with_shards(plan, config)
     refusals = plan.refusals or _refusals(plan, gm.graph, matching, folding, config)
     if refusals:
-        return replace(plan, refusals=tuple(refusals))
+        cached = not plan.sites and bool(matching.other_keys)
+        return replace(plan, refusals=tuple(refusals), reads_cache=cached)
     whole: NotTokenWise | None = None
     try:
         if _must_cut(plan, gm.graph):

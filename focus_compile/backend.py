@@ -27,6 +27,9 @@ from focus_compile.capture import (
 from focus_compile.config import BLOCK_POLICIES, TORCH_MODES, FocusConfig
 from focus_compile.distributed.agreement import group_named, group_of, require_same, why_lost
 from focus_compile.distributed.local_graph import is_split
+from focus_compile.encoder_cache.dispatch import CacheDispatcher
+from focus_compile.encoder_cache.plan import EncoderCachePlan, NoSuchPlan, plan_over_cache
+from focus_compile.encoder_cache.step import BuildCacheStep
 from focus_compile.errors import FocusError, PassError, RanksError
 from focus_compile.fallback import forget, refuse
 from focus_compile.pipeline import Pipeline, plan_graph
@@ -82,6 +85,8 @@ class BackendCall:
         self.pipeline: Pipeline | None = None
         self.plan: Plan | None = None
         self.graphs: ProgramGraphs | None = None
+        self.cache_plan: EncoderCachePlan | None = None
+        """Instead of `plan`, where the forward reads a cache that it was given."""
         self.refusals: tuple[Refusal, ...] = ()
         started = time.perf_counter()
         try:
@@ -97,7 +102,8 @@ class BackendCall:
         log.info("%s", self)
         refusals = [refusal.to_dict() for refusal in self.refusals]
         said = {"accepted": not refusals, "refusals": refusals}
-        trace_artifact("plan", lambda: ({} if self.plan is None else self.plan.to_dict()) | said)
+        plan = self.plan or self.cache_plan
+        trace_artifact("plan", lambda: ({} if plan is None else plan.to_dict()) | said)
         misses = () if self.plan is None else self.plan.misses
         if refusals or misses:
             lines = [f"refused: {refusal}" for refusal in self.refusals]
@@ -105,8 +111,9 @@ class BackendCall:
             trace_artifact("misses", lambda: "\n".join(lines))
 
     def __str__(self) -> str:
-        if self.plan is not None:
-            return str(self.plan)
+        plan = self.plan or self.cache_plan
+        if plan is not None:
+            return str(plan)
         return "\n".join(f"plan: exact program: {refusal}" for refusal in self.refusals)
 
     def _analyse(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
@@ -121,6 +128,9 @@ class BackendCall:
             return
         self.pipeline, self.plan = plan_graph(self.captured, self.config)
         self.refusals = self.plan.refusals
+        if self.plan.reads_cache:
+            self._plan_over_cache()
+            return
         if not self.refusals and not self.plan.positions("weight"):
             self.refusals = (_NO_WEIGHTS,)
         if not self.refusals and self.config.mask_token_id is None:
@@ -128,6 +138,20 @@ class BackendCall:
             self.plan = replace(self.plan, refusals=self.refusals)
         if not self.refusals:
             self.graphs = build_programs(self.pipeline, self.plan)
+
+    def _plan_over_cache(self) -> None:
+        """The plan of a forward whose attention reads a cache, or one reason more why not."""
+        assert self.captured is not None
+        assert self.pipeline is not None
+        assert self.plan is not None
+        try:
+            self.cache_plan = plan_over_cache(self.captured, self.pipeline.gm, self.config)
+        except NoSuchPlan as error:
+            (refusal,) = self.refusals
+            self.refusals = (replace(refusal, reason=f"{refusal.reason}; {error}"),)
+            self.plan = replace(self.plan, refusals=self.refusals)
+            return
+        self.plan, self.refusals = None, ()
 
 
 _NO_WEIGHTS = Refusal(
@@ -196,24 +220,42 @@ def compile_graph(
         return plain("dryrun=True")
     if call.refusals and call.refusals[0] == FRAGMENT:
         return plain(FRAGMENT.reason)
+    if call.cache_plan is not None:
+        return _over_cache(call, call.cache_plan, config)
     if call.refusals or call.plan is None or call.captured is None or call.graphs is None:
         return plain(refuse(str(call.refusals[0]), strict=config.strict))
     programs = Programs.build(call.captured, call.graphs, call.plan, config)
     if config.policy not in BLOCK_POLICIES:
         return _over_ranks(call.captured, Dispatcher(call.captured, call.plan, programs, config))
+    made = _over_blocks(call, programs, config)
+    return plain(refuse(made, strict=config.strict)) if isinstance(made, str) else made
+
+
+def _over_blocks(
+    call: BackendCall, programs: Programs, config: FocusConfig
+) -> Callable[..., Any] | str:
+    """The dispatcher of a policy of block diffusion, or why there is none."""
+    assert call.captured is not None
     assert call.pipeline is not None
+    assert call.plan is not None
     try:
-        return _over_ranks(
-            call.captured,
-            BlockDispatcher(call.captured, call.pipeline, call.plan, programs, config),
-        )
+        dispatcher = BlockDispatcher(call.captured, call.pipeline, call.plan, programs, config)
+        return _over_ranks(call.captured, dispatcher)
     except PassError as error:
-        return plain(refuse(str(error), strict=config.strict))
+        return str(error)
     except FocusError:
         raise
     except Exception as error:  # a bug of ours must not stop the user's program
         log.debug("the programs of a block could not be built", exc_info=True)
-        return plain(refuse(str(_failed(error)), strict=config.strict))
+        return str(_failed(error))
+
+
+def _over_cache(call: BackendCall, plan: EncoderCachePlan, config: FocusConfig) -> CacheDispatcher:
+    assert call.captured is not None
+    assert call.pipeline is not None
+    step = BuildCacheStep(plan).apply(call.pipeline.gm)
+    call.pipeline.dump(BuildCacheStep.name, step)
+    return CacheDispatcher(call.captured, step, plan, config)
 
 
 def _require_ranks_agree(call: BackendCall, example_inputs: Sequence[Any]) -> None:

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from focus_compile.backend import BackendCall
 from focus_compile.config import FocusConfig
+from focus_compile.encoder_cache.plan import EncoderCachePlan
 from focus_compile.lowering.kernel_list import (
     Launch,
     generated_code,
@@ -70,7 +71,7 @@ class TrajectoryMemory:
 class GraphReport:
     """One graph that Dynamo made: its plan or refusals, and what the plan costs."""
 
-    plan: Plan | None
+    plan: Plan | EncoderCachePlan | None
     refusals: tuple[Refusal, ...]
     memory: TrajectoryMemory | None = None
     given_up: bool = False
@@ -85,6 +86,8 @@ class GraphReport:
         if self.plan is None:
             return {"accepted": False, "refusals": [r.to_dict() for r in self.refusals]}
         known = self.plan.to_dict()
+        if isinstance(self.plan, EncoderCachePlan):
+            return known
         known["calls_never_continued"] = self.given_up
         if self.guard is not None:
             known["guard"] = self.guard.to_dict()
@@ -103,7 +106,7 @@ class GraphReport:
         return known
 
     def _layers(self, launches: Sequence[Launch]) -> dict[str, list[Launch]]:
-        assert self.plan is not None
+        assert isinstance(self.plan, Plan)
         return layers_of(launches, [site.region for site in self.plan.sites])
 
     def __str__(self) -> str:
@@ -131,6 +134,8 @@ def report(
 ) -> GraphReport:
     """What explain says of one graph; `inputs`: of a real call. kernels: compile both programs."""
     plan = call.plan
+    if call.cache_plan is not None:
+        return GraphReport(call.cache_plan, call.refusals)
     if plan is None or call.captured is None or call.graphs is None or config.policy == "exact":
         return GraphReport(plan, call.refusals)
     programs = Programs.build(call.captured, call.graphs, plan, config)

@@ -251,6 +251,8 @@ class Plan:
     key_costs: KeyCosts | None = None
     """What choosing keys and reading all would cost, where that was measured."""
     refusals: tuple[Refusal, ...] = ()
+    reads_cache: bool = False
+    """Whether it is refused because attention reads a cache that the forward was given."""
     misses: tuple[Refusal, ...] = ()
     operations: tuple[tuple[str, int], ...] = field(default=(), repr=False)
 

@@ -111,7 +111,7 @@ class BlockPrograms:
             PassError: the model's graph has no such form.
         """
         gm = pipeline.gm
-        own = model_inputs(captured, plan)
+        own = model_inputs(captured)
         state = _cache_specs(plan)
         listed, chosen = _specs(listed_inputs(plan), plan), _specs(CHOSEN_INPUTS, plan)
         handed = [InputSpec(item.input, item.shape) for item in frontier_of(gm, plan, cut)]

@@ -23,7 +23,7 @@ from focus_compile.patterns.sdpa import ScaledDotProduct
 from focus_compile.patterns.softmax import MatmulSoftmaxMatmul
 from focus_compile.plan import Refusal
 
-__all__ = ["PATTERNS", "MatchAttention"]
+__all__ = ["PATTERNS", "MatchAttention", "canonical_mask", "upright_key"]
 
 aten = torch.ops.aten
 FLATTENING = {"reshape.default", "clone.default", "_to_copy.default"}
@@ -74,11 +74,11 @@ def _canonicalise(graph: fx.Graph, match: AttentionMatch) -> None:
     with graph.inserting_before(output):
         query = _with_heads(graph, match.query, None)
         heads = shape_of(query)[:2]
-        key = _with_heads(graph, _upright_key(graph, match), heads)
+        key = _with_heads(graph, upright_key(graph, match), heads)
         value = _with_heads(graph, match.value, heads)
         (key, value) = _without_repeats(query, key, value)
         _check_shapes(query, key, value)
-        mask = _canonical_mask(graph, match.mask, query)
+        mask = canonical_mask(graph, match.mask, query)
         site = insert_call(
             graph, torch.ops.focus_compile.attention.default, query, key, value, mask, match.scale
         )
@@ -101,7 +101,7 @@ def _size(graph: fx.Graph, node: fx.Node, axis: int) -> int | fx.Node:
     return size if isinstance(size, int) else insert_call(graph, aten.sym_size.int, node, axis)
 
 
-def _upright_key(graph: fx.Graph, match: AttentionMatch) -> fx.Node:
+def upright_key(graph: fx.Graph, match: AttentionMatch) -> fx.Node:
     """The key as [..., S, d]."""
     if not match.key_is_transposed:
         return match.key
@@ -153,19 +153,19 @@ def _check_shapes(query: fx.Node, key: fx.Node, value: fx.Node) -> None:
     dtypes = [str(fake_of(node).dtype).removeprefix("torch.") for node in (query, key, value)]
     if len(set(dtypes)) > 1:
         raise Miss("query, key and value are {}, {} and {}".format(*dtypes))
+    if q[2] != k[2]:
+        raise OtherKeys(f"{q[2]} queries and {k[2]} keys: only self-attention over all tokens")
     if q[0] != k[0] or k[:3] != v[:3]:
         raise Miss(f"query {q}, key {k} and value {v} do not belong together")
     if q[3] != k[3]:
         raise Miss(f"query width {q[3]} differs from key width {k[3]}")
     if k[3] != v[3]:
         raise Miss(f"keys and values differ in width ({k[3]} and {v[3]})")
-    if q[2] != k[2]:
-        raise OtherKeys(f"{q[2]} queries and {k[2]} keys: only self-attention over all tokens")
     if q[1] % k[1] != 0:
         raise Miss(f"{q[1]} query heads over {k[1]} key heads")
 
 
-def _canonical_mask(graph: fx.Graph, term: MaskTerm | None, query: fx.Node) -> fx.Node | None:
+def canonical_mask(graph: fx.Graph, term: MaskTerm | None, query: fx.Node) -> fx.Node | None:
     """Bool (True: attend) or additive, of at most four axes."""
     if term is None:
         return None

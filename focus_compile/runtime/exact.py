@@ -13,7 +13,7 @@ from focus_compile.config import FocusConfig
 from focus_compile.runtime.inspection import Source, active_inspector
 from focus_compile.runtime.record import StepRecord, is_watched, note
 
-__all__ = ["ExactOnly"]
+__all__ = ["ExactOnly", "tokens_of"]
 
 
 class ExactOnly:
@@ -33,7 +33,7 @@ class ExactOnly:
         inspector = active_inspector()
         if inspector is None and not is_watched():
             return self.run(*args)
-        ids = _ids(args)
+        ids = tokens_of(args)
         started = time.perf_counter()
         if inspector is not None and ids is not None:
             inspector.begin(ids)
@@ -54,7 +54,7 @@ class ExactOnly:
         return outputs
 
 
-def _ids(args: tuple[Any, ...]) -> Tensor | None:
+def tokens_of(args: Sequence[Any]) -> Tensor | None:
     """The tokens of the call: its first integer matrix."""
     for value in args:
         if isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point():

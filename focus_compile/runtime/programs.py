@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from focus_compile.capture import Capture
+from focus_compile.capture import Capture, InputInfo
 from focus_compile.config import FocusConfig
 from focus_compile.kernels.block_summaries.op import summary_width
 from focus_compile.lowering.program import InputSpec, Program
@@ -86,7 +86,7 @@ class Programs:
     def build(
         cls, captured: Capture, graphs: ProgramGraphs, plan: Plan, config: FocusConfig
     ) -> Programs:
-        inputs = model_inputs(captured, plan)
+        inputs = model_inputs(captured)
         state = [InputSpec(name, shape, static=True) for name, shape in state_shapes(plan).items()]
         per_row = (plan.batch, ACTIVE)
         shapes = dict.fromkeys(("rows", "row_weight", "focus_weight"), per_row)
@@ -252,22 +252,19 @@ def _tail(
     return Program("tail", plan.tail.graph, [*own, *rows], lowering)
 
 
-def model_inputs(captured: Capture, plan: Plan) -> list[InputSpec]:
+def model_inputs(captured: Capture) -> list[InputSpec]:
     """The inputs of the captured graph."""
-    return [
-        _model_input(info.name, value, plan, at, info.source, info.tensor_dict)
-        for at, (info, value) in enumerate(zip(captured.inputs, captured.values, strict=True))
-    ]
+    pairs = zip(captured.inputs, captured.values, strict=True)
+    return [_model_input(info, value) for info, value in pairs]
 
 
-def _model_input(
-    name: str, value: Any, plan: Plan, at: int, source: Any, tensor_dict: dict[str, Any]
-) -> InputSpec:
-    static = plan.inputs[at].role == "weight"
+def _model_input(info: InputInfo, value: Any) -> InputSpec:
     if not isinstance(value, torch.Tensor):
-        return InputSpec(name, None, size_expression(value), source=source)
+        return InputSpec(info.name, None, size_expression(value), source=info.source)
     shape = tuple(size_expression(size) for size in value.shape)
-    return InputSpec(name, shape, static=static, source=source, tensor_dict=tensor_dict)
+    return InputSpec(
+        info.name, shape, static=info.is_weight, source=info.source, tensor_dict=info.tensor_dict
+    )
 
 
 def stacked_shape(shapes: Sequence[tuple[sympy.Expr, ...] | None]) -> tuple[sympy.Expr, ...]:
