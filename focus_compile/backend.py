@@ -221,7 +221,7 @@ def compile_graph(
     if call.refusals and call.refusals[0] == FRAGMENT:
         return plain(FRAGMENT.reason)
     if call.cache_plan is not None:
-        return _over_cache(call, call.cache_plan, config)
+        return _over_cache(call, call.cache_plan, config, inductor_mode)
     if call.refusals or call.plan is None or call.captured is None or call.graphs is None:
         return plain(refuse(str(call.refusals[0]), strict=config.strict))
     programs = Programs.build(call.captured, call.graphs, call.plan, config)
@@ -250,12 +250,14 @@ def _over_blocks(
         return str(_failed(error))
 
 
-def _over_cache(call: BackendCall, plan: EncoderCachePlan, config: FocusConfig) -> CacheDispatcher:
+def _over_cache(
+    call: BackendCall, plan: EncoderCachePlan, config: FocusConfig, inductor_mode: str
+) -> CacheDispatcher:
     assert call.captured is not None
     assert call.pipeline is not None
     step = BuildCacheStep(plan).apply(call.pipeline.gm)
     call.pipeline.dump(BuildCacheStep.name, step)
-    return CacheDispatcher(call.captured, step, plan, config)
+    return CacheDispatcher(call.captured, step, plan, config, inductor_mode)
 
 
 def _require_ranks_agree(call: BackendCall, example_inputs: Sequence[Any]) -> None:

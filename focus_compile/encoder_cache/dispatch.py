@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._inductor import list_mode_options
 
 from focus_compile.capture import Capture
 from focus_compile.config import FocusConfig
@@ -76,18 +77,20 @@ class CacheDispatcher:
         step: fx.GraphModule,
         plan: EncoderCachePlan,
         config: FocusConfig,
+        inductor_mode: str = "default",
     ) -> None:
         self.plan, self.config = plan, config
         self._model = captured.original
         own = model_inputs(captured)
-        self.exact = Program("exact", captured.original, own, config.lowering)
+        how = (config.lowering, list_mode_options(inductor_mode))
+        self.exact = Program("exact", captured.original, own, *how)
         more = [
             InputSpec(node.name, tuple(shape_of(node)))
             for node in step.graph.find_nodes(op="placeholder")[len(own) :]
         ]
         assert [spec.name for spec in more[:2]] == list(CACHE_STEP_INPUTS)
         labels = [f"layer {index} {layer.region}" for index, layer in enumerate(plan.layers)]
-        self.step = Program("step", step, [*own, *more], config.lowering, labels=labels)
+        self.step = Program("step", step, [*own, *more], *how, labels=labels)
         self._sparse = plan.of_region("sparse-suffix")
         regions = tuple(layer.region for layer in plan.layers)
         self._made = (plan.key_block, plan.block_summary, config.keep_ratio, regions)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +75,8 @@ class Program:
     graph: fx.GraphModule
     inputs: Sequence[InputSpec]
     lowering: str = "inductor"
+    inductor_options: Mapping[str, Any] = field(default_factory=dict)
+    """Over Inductor's configuration, such as those of a mode of torch.compile."""
     compilations: int = 0
     compile_seconds: float = 0.0
     labels: Sequence[str] = ()
@@ -194,9 +196,10 @@ class Program:
             graph._param_name_to_source = {}
             graph.meta.setdefault("dynamo_compile_id", None)  # else the marks are not looked at
             with tracing(TracingContext(mode)):
-                return compile_fx(graph, fakes)
+                return compile_fx(graph, fakes, config_patches=dict(self.inductor_options))
 
-        chain = chain_of(graph, fakes, symbols, mode)
+        captured = self.inductor_options.get("triton.cudagraphs", False)  # by one graph's addresses
+        chain = None if captured else chain_of(graph, fakes, symbols, mode)
         self.segments = (0,) if chain is None else chain.kinds
         if chain is None:
             return compiled(graph, fakes)

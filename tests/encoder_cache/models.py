@@ -32,6 +32,10 @@ class Cache:
         keys, values = ([drawn(count) for count in places] for _ in range(2))
         return cls(keys, values, torch.tensor(filled))
 
+    def to(self, device: str) -> Cache:
+        moved = ([tensor.to(device) for tensor in held] for held in (self.keys, self.values))
+        return Cache(*moved, self.length.to(device))
+
 
 class Decoder(nn.Module):
     """Bidirectional over the cache and its own tokens. form: "copy" (a static cache, own keys
@@ -84,8 +88,9 @@ class Decoder(nn.Module):
         batch, heads, places, width = cache.shape
         count = own.shape[2]
         joined = own.new_zeros(batch, heads, places + count, width)
-        joined.index_copy_(2, torch.arange(places), cache)
-        joined.index_copy_(2, torch.arange(count) + length, own)
+        device = cache.device
+        joined.index_copy_(2, torch.arange(places, device=device), cache)
+        joined.index_copy_(2, torch.arange(count, device=device) + length, own)
         return joined
 
 

@@ -1,0 +1,224 @@
+"""A denoising step of DiffusionGemma over its encoder's cache, by context length.
+
+    python -m benchmarks.encoder_cache --contexts 32768,131072 --json FILE
+    python -m benchmarks.encoder_cache --tiny --contexts 512 --device cpu
+
+The stock decoder of the published sizes (30 layers of which 5 read the whole cache, 128 experts of
+which each token meets 8, a canvas of 256), random weights and a random cache: milliseconds mean
+work, not answers. Arms: Inductor, as the model's own `generate` compiles it, and focus at several
+shares of the keys. A row is published only where all keys give Inductor's logits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+from unittest import mock
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import focus_compile
+from focus_compile.config import ENVIRONMENT_PREFIX
+from focus_compile.demo import environment
+from focus_compile.runtime.self_check import TOLERANCE, row_errors
+
+PUBLISHED = {
+    "vocab_size": 262144, "hidden_size": 2816, "intermediate_size": 2112, "num_hidden_layers": 30,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 2,
+    "head_dim": 256, "global_head_dim": 512, "sliding_window": 1024, "num_experts": 128,
+    "top_k_experts": 8, "moe_intermediate_size": 704, "max_position_embeddings": 262144,
+}  # fmt: skip
+TINY = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 30,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "num_global_key_value_heads": 1,
+    "head_dim": 16, "global_head_dim": 16, "sliding_window": 32, "num_experts": 4,
+    "top_k_experts": 2, "moe_intermediate_size": 16, "max_position_embeddings": 262144,
+}  # fmt: skip
+CANVAS = 256
+WARM = 5
+KEY_SCALE = 0.1
+"""Of the cache's random keys, so that attention is not all on one of them."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+console = Console(width=120)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Of one arm at one length. keep_ratio None: no focus; keys: of the cache in a sparse layer;
+    error: of its worst row of logits against Inductor's; agreement: of its most probable tokens."""
+
+    model: str
+    context: int
+    arm: str
+    keep_ratio: float | None
+    step_ms: float
+    keys: int
+    error: float
+    agreement: float
+    first_s: float
+    peak_gib: float | None
+
+
+def decoder(sizes: dict[str, int], device: torch.device, dtype: torch.dtype) -> Any:
+    """The stock model with random weights, in eval mode."""
+    from transformers import (
+        DiffusionGemmaConfig,
+        DiffusionGemmaForBlockDiffusion,
+        DiffusionGemmaTextConfig,
+    )
+
+    kinds = ["full_attention" if at % 6 == 5 else "sliding_attention" for at in range(30)]
+    text = DiffusionGemmaTextConfig(**sizes, layer_types=kinds[: sizes["num_hidden_layers"]])
+    config = DiffusionGemmaConfig(text_config=text, vision_config=None, canvas_length=CANVAS)
+    config.dtype = dtype
+    torch.manual_seed(0)
+    with device:
+        model: Any = DiffusionGemmaForBlockDiffusion._from_config(
+            config, attn_implementation="sdpa", dtype=dtype
+        )
+    model.set_experts_implementation("grouped_mm")
+    return model.eval()
+
+
+def inputs_for(model: Any, context: int) -> dict[str, Any]:
+    """A static cache with `context` random keys, as after the encoder, and what else a denoising
+    step is called with."""
+    from transformers import StaticCache
+
+    text, weight = model.config.text_config, model.lm_head.weight
+    generator = torch.Generator(weight.device).manual_seed(context)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=weight.dtype, device=weight.device)
+
+    cache: Any = StaticCache(config=text, max_cache_len=context + CANVAS)
+    for layer, held in zip(model.model.decoder.layers, cache.layers, strict=False):
+        attention = layer.self_attn
+        width = attention.head_dim
+        shape = (1, attention.k_proj.out_features // width, context, width)
+        held.update(drawn(*shape) * KEY_SCALE, drawn(*shape))
+    ids = torch.randint(3, text.vocab_size, (1, CANVAS), generator=generator, device=weight.device)
+    masks = model.model.decoder.create_diffusion_decoder_attention_mask(
+        config=model.config, inputs_embeds=ids[..., None], past_key_values=cache,
+        decoder_attention_mask=torch.ones(1, context + CANVAS, dtype=torch.long, device=ids.device),
+    )  # fmt: skip
+    return {
+        "decoder_input_ids": ids,
+        "self_conditioning_logits": drawn(1, CANVAS, text.vocab_size).float(),
+        "decoder_attention_mask": masks,
+        "past_key_values": cache,
+        "decoder_position_ids": torch.arange(context, context + CANVAS, device=ids.device)[None],
+    }
+
+
+def measure(
+    step: Callable[..., Any], given: dict[str, Any], steps: int
+) -> tuple[float, Tensor, float]:
+    """Median milliseconds of a step, its logits, and the seconds until the first were there."""
+    took, first = [], 0.0
+    cuda = given["decoder_input_ids"].is_cuda
+    for at in range(WARM + steps):
+        if cuda:
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        torch.compiler.cudagraph_mark_step_begin()
+        logits = step(**given).logits
+        if cuda:
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - begun)
+        first = first or took[0]
+        if at < WARM + steps - 1:
+            del logits
+    return statistics.median(took[WARM:]) * 1e3, logits.clone(), first
+
+
+def cell(model: Any, name: str, context: int, ratios: list[float], steps: int) -> list[Row]:
+    """Every arm at one length."""
+    given = inputs_for(model, context)
+    cuda = given["decoder_input_ids"].is_cuda
+    rows: list[Row] = []
+    reference = None
+    for keep_ratio in (None, *ratios):
+        torch.compiler.reset()
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        # torch.compile takes a mode or options, not both.
+        settings = {"KEEP_RATIO": str(keep_ratio), "DENSE_IF_FASTER": "0", "STRICT": "1"}
+        variables = {f"{ENVIRONMENT_PREFIX}{name}": value for name, value in settings.items()}
+        with (
+            mock.patch.dict(os.environ, variables),
+            torch.no_grad(),
+            focus_compile.record() as calls,
+        ):
+            backend = "inductor" if keep_ratio is None else "focus"
+            step = torch.compile(
+                model.forward, backend=backend, mode="reduce-overhead", fullgraph=True
+            )
+            took, logits, first = measure(step, given, steps)
+        keys = context
+        if keep_ratio is not None:
+            programs = [call.program for call in calls]
+            if programs != ["refresh"] + ["step"] * (len(programs) - 1):
+                raise RuntimeError(f"these calls were no steps: {programs}")
+            keys = calls[-1].keys["sparse-suffix"]
+        reference = logits if reference is None else reference
+        error = float(row_errors(logits, reference).max())
+        if keep_ratio == 1.0 and error > TOLERANCE[model.dtype]:
+            raise RuntimeError(f"with all keys the logits differ from Inductor's by {error:.2g}")
+        agreement = float((logits.argmax(-1) == reference.argmax(-1)).float().mean())
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+        arm = "inductor" if keep_ratio is None else f"focus, keep_ratio={keep_ratio:g}"
+        rows.append(Row(name, context, arm, keep_ratio, took, keys, error, agreement, first, peak))
+    return rows
+
+
+@app.command()
+def main(
+    contexts: str = "32768,131072",
+    keep_ratios: Annotated[
+        str, typer.Option(help="1 first: all keys, as Inductor has it.")
+    ] = "1,.5,.25",
+    tiny: Annotated[bool, typer.Option("--tiny", help="A small model, to try it.")] = False,
+    steps: int = 20,
+    device: str = "cuda",
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+) -> None:
+    """Time a denoising step."""
+    at = torch.device(device)
+    dtype = torch.bfloat16 if at.type == "cuda" else torch.float32
+    model = decoder(TINY if tiny else PUBLISHED, at, dtype)
+    name = "tiny" if tiny else "diffusion-gemma"
+    table = Table("context", "arm", "step ms", "keys", "error", "same tokens", "first s", "GiB")
+    rows: list[Row] = []
+    for context in (int(part) for part in contexts.split(",")):
+        rows += cell(model, name, context, [float(part) for part in keep_ratios.split(",")], steps)
+        for row in rows[-len(keep_ratios.split(",")) - 1 :]:
+            table.add_row(
+                str(row.context), row.arm, f"{row.step_ms:.2f}", str(row.keys), f"{row.error:.1e}",
+                f"{row.agreement:.3f}", f"{row.first_s:.0f}",
+                "-" if row.peak_gib is None else f"{row.peak_gib:.1f}",
+            )  # fmt: skip
+        if json_file is not None:
+            found = {
+                "environment": environment.describe(),
+                "weights": "random: times mean work, not answers",
+                "rows": [asdict(row) for row in rows],
+            }
+            json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    app()
