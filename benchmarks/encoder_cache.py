@@ -15,7 +15,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,11 +76,13 @@ def decoder(sizes: dict[str, int], device: torch.device, dtype: torch.dtype) -> 
         DiffusionGemmaConfig,
         DiffusionGemmaForBlockDiffusion,
         DiffusionGemmaTextConfig,
+        Gemma4VisionConfig,
     )
 
     kinds = ["full_attention" if at % 6 == 5 else "sliding_attention" for at in range(30)]
     text = DiffusionGemmaTextConfig(**sizes, layer_types=kinds[: sizes["num_hidden_layers"]])
-    config = DiffusionGemmaConfig(text_config=text, vision_config=None, canvas_length=CANVAS)
+    vision = Gemma4VisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    config = DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=CANVAS)
     config.dtype = dtype
     torch.manual_seed(0)
     with device:
@@ -143,11 +145,10 @@ def measure(
     return statistics.median(took[WARM:]) * 1e3, logits.clone(), first
 
 
-def cell(model: Any, name: str, context: int, ratios: list[float], steps: int) -> list[Row]:
-    """Every arm at one length."""
+def cell(model: Any, name: str, context: int, ratios: list[float], steps: int) -> Iterator[Row]:
+    """Every arm at one length, Inductor first."""
     given = inputs_for(model, context)
     cuda = given["decoder_input_ids"].is_cuda
-    rows: list[Row] = []
     reference = None
     for keep_ratio in (None, *ratios):
         torch.compiler.reset()
@@ -180,8 +181,7 @@ def cell(model: Any, name: str, context: int, ratios: list[float], steps: int) -
         agreement = float((logits.argmax(-1) == reference.argmax(-1)).float().mean())
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
         arm = "inductor" if keep_ratio is None else f"focus, keep_ratio={keep_ratio:g}"
-        rows.append(Row(name, context, arm, keep_ratio, took, keys, error, agreement, first, peak))
-    return rows
+        yield Row(name, context, arm, keep_ratio, took, keys, error, agreement, first, peak)
 
 
 @app.command()
@@ -202,22 +202,27 @@ def main(
     name = "tiny" if tiny else "diffusion-gemma"
     table = Table("context", "arm", "step ms", "keys", "error", "same tokens", "first s", "GiB")
     rows: list[Row] = []
+    ratios = [float(part) for part in keep_ratios.split(",")]
     for context in (int(part) for part in contexts.split(",")):
-        rows += cell(model, name, context, [float(part) for part in keep_ratios.split(",")], steps)
-        for row in rows[-len(keep_ratios.split(",")) - 1 :]:
+        for row in cell(model, name, context, ratios, steps):
+            rows.append(row)
+            console.print(row)
             table.add_row(
                 str(row.context), row.arm, f"{row.step_ms:.2f}", str(row.keys), f"{row.error:.1e}",
                 f"{row.agreement:.3f}", f"{row.first_s:.0f}",
                 "-" if row.peak_gib is None else f"{row.peak_gib:.1f}",
             )  # fmt: skip
-        if json_file is not None:
-            found = {
-                "environment": environment.describe(),
-                "weights": "random: times mean work, not answers",
-                "rows": [asdict(row) for row in rows],
-            }
-            json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            if json_file is not None:
+                json_file.write_text(json.dumps(_result(rows), indent=1) + "\n", encoding="utf-8")
     console.print(table)
+
+
+def _result(rows: list[Row]) -> dict[str, Any]:
+    return {
+        "environment": environment.describe(),
+        "weights": "random: times mean work, not answers",
+        "rows": [asdict(row) for row in rows],
+    }
 
 
 if __name__ == "__main__":

@@ -282,7 +282,7 @@ def _no_attention(matching: MatchAttention) -> Refusal:
         remedy = "Call the model on the whole sequence, without a cache; focus_compile keeps one."
         return Refusal(f"attention reads a cache ({nearest.reason})", nearest.where, remedy)
     hint = "The nearest: " + str(matching.misses[0]) if matching.misses else ""
-    return Refusal("no attention was recognised", remedy=hint)
+    return Refusal("no attention was recognised", remedy=uncut(hint))
 
 
 def _require_row_wise(sites: tuple[Site, ...], rows: set[str]) -> None:

@@ -33,7 +33,8 @@ def uncut(remedy: str) -> str:
     cut = latest_break()
     if not cut:
         return remedy
-    return (
-        f"{remedy} {cut} (TORCH_LOGS=graph_breaks says why): no graph holds the whole of it. Where "
-        'experts in a loop are why, model.set_experts_implementation("grouped_mm") avoids it.'
+    found = (
+        f"{cut} (TORCH_LOGS=graph_breaks says why): no graph holds the whole of it. Where experts "
+        'in a loop are why, model.set_experts_implementation("grouped_mm") avoids it.'
     )
+    return f"{remedy} {found}" if remedy else found

@@ -81,6 +81,20 @@ def test_fewer_kv_heads_and_no_mask() -> None:
     torch.testing.assert_close(gm(*args)[0], expected)
 
 
+def test_a_log_sum_exp_that_is_cast_and_dropped() -> None:
+    """As transformers calls it on all devices but the CPU."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        attended, sums = flex_attention(q, k, v, return_lse=True)
+        sums = sums.to(v.dtype)
+        return attended
+
+    gm, args, done = normalised(function, *operands())
+    assert done == 1
+    expected = F.scaled_dot_product_attention(*operands())
+    torch.testing.assert_close(gm(*args)[0], expected)
+
+
 def test_a_mask_of_a_captured_tensor() -> None:
     lengths = torch.tensor([16, 9])
 
