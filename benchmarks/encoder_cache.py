@@ -84,13 +84,32 @@ def decoder(sizes: dict[str, int], device: torch.device, dtype: torch.dtype) -> 
     vision = Gemma4VisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1)
     config = DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=CANVAS)
     config.dtype = dtype
-    torch.manual_seed(0)
-    with device:
+    with torch.device("meta"):
         model: Any = DiffusionGemmaForBlockDiffusion._from_config(
             config, attn_implementation="sdpa", dtype=dtype
         )
+    _fill(model, device)
     model.set_experts_implementation("grouped_mm")
     return model.eval()
+
+
+def _fill(model: Any, device: torch.device) -> None:
+    """Random weights. The encoder's are the decoder's, so that both fit a GPU: each is made once."""
+    model.tie_weights()
+    torch.manual_seed(0)
+    made: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in made:
+                empty = torch.empty_like(parameter, device=device)
+                made[id(parameter)] = torch.nn.Parameter(empty, requires_grad=False)
+            if parameter is not None:
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.ones_like(buffer, device=device)
+        module._is_hf_initialized = False
+    model.initialize_weights()
 
 
 def inputs_for(model: Any, context: int) -> dict[str, Any]:
