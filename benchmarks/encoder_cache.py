@@ -94,7 +94,7 @@ def decoder(sizes: dict[str, int], device: torch.device, dtype: torch.dtype) -> 
 
 
 def _fill(model: Any, device: torch.device) -> None:
-    """Random weights. The encoder's are the decoder's, so that both fit a GPU: each is made once."""
+    """Random weights; those that the encoder shares with the decoder are made once, to fit."""
     model.tie_weights()
     torch.manual_seed(0)
     made: dict[int, torch.nn.Parameter] = {}

@@ -9,6 +9,8 @@ import triton
 MOST_SPLITS = 32
 TILES_A_SPLIT = 4
 SCRATCH = 4096  # bytes of shared memory that reductions take
+MOST_SUMS = 32768  # float32 of a tile's result: 128 registers a thread of 8 warps
+WIDE, WIDE_KEYS, WIDE_STAGES = 512, 32, 2  # keys a tile and stages, of such heads
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,23 @@ def choose_tiling(
     else:
         block_m, block_n, stages = _rows_a_tile(packed), 64, 3
     block_d = padded(width)
+    if itemsize < 4 and block_d >= WIDE:
+        block_n, stages = WIDE_KEYS, WIDE_STAGES
+    while block_m * block_d > MOST_SUMS and block_m > 16:
+        block_m //= 2
     row_bytes = block_d * itemsize
 
     def shared() -> int:
         mask = 4 * block_m * block_n if masked else 0
-        return block_m * row_bytes + stages * 2 * block_n * row_bytes + mask + SCRATCH
+        loop = block_m * row_bytes + stages * 2 * block_n * row_bytes + mask
+        return max(loop, 4 * block_m * block_d) + SCRATCH  # the result passes through it as well
 
     while shared() > device.shared_memory and stages > 1:
         stages -= 1
     while shared() > device.shared_memory and block_n > 16:
         block_n //= 2
+    while shared() > device.shared_memory and block_m > 16:
+        block_m //= 2
     resident = min(2, device.shared_memory // shared()) or 1
     row_tiles = triton.cdiv(packed, block_m)
     most = min(MOST_SPLITS, max(1, length // (TILES_A_SPLIT * block_n)))

@@ -286,11 +286,12 @@ def test_many_rows(device: str, mask: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_captured_graph_follows_the_ids(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("width", [128, 512])
+def test_a_captured_graph_follows_the_ids(dtype: torch.dtype, width: int) -> None:
     """One capture serves other kept blocks, counts and sinks; the op runs the kernel."""
     torch.manual_seed(0)
     q, k, v = (
-        normal(1, heads, rows, 128, dtype=dtype).cuda()
+        normal(1, heads, rows, width, dtype=dtype).cuda()
         for heads, rows in ((14, 32), (2, 4001), (2, 4001))
     )
     blocks, sinks = torch.full((1, 125), -1).cuda(), torch.full((1, 16), -1).cuda()
@@ -319,7 +320,7 @@ def test_a_captured_graph_follows_the_ids(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("limits", [H100, Device(108, 166912), Device(128, 101376)])
-@pytest.mark.parametrize("width", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("width", [16, 64, 80, 128, 256, 512])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("masked", [True, False])
 def test_tilings_fit(limits: Device, width: int, itemsize: int, masked: bool) -> None:
@@ -328,7 +329,8 @@ def test_tilings_fit(limits: Device, width: int, itemsize: int, masked: bool) ->
             t = choose_tiling(32, packed, length, width, itemsize, masked, limits)
             padded = 1 << max(4, (width - 1).bit_length())
             shared = (t.block_m + 2 * t.stages * t.block_n) * padded * itemsize
-            assert shared <= limits.shared_memory
+            result = 4 * t.block_m * padded  # float32, through the same memory when stored
+            assert max(shared, result) <= limits.shared_memory
             assert t.splits == 1 or t.splits * 64 <= length
             assert t.block_n >= 16
             assert t.stages >= 1
