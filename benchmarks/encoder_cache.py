@@ -46,6 +46,9 @@ TINY = {
 }  # fmt: skip
 CANVAS = 256
 WARM = 5
+BRANCH_ENDS = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
+BRANCH = 0.05
+"""Of what a layer adds: with random weights more would amplify a rounding into other logits."""
 KEY_SCALE = 0.1
 """Of the cache's random keys, so that attention is not all on one of them."""
 
@@ -110,6 +113,9 @@ def _fill(model: Any, device: torch.device) -> None:
                 module._buffers[name] = torch.ones_like(buffer, device=device)
         module._is_hf_initialized = False
     model.initialize_weights()
+    for name, parameter in model.named_parameters():
+        if name.endswith(BRANCH_ENDS):
+            parameter.data.fill_(BRANCH)
 
 
 def inputs_for(model: Any, context: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from focus_compile.distributed.agreement import group_named, group_of, require_s
 from focus_compile.distributed.local_graph import is_split
 from focus_compile.encoder_cache.dispatch import CacheDispatcher
 from focus_compile.encoder_cache.plan import EncoderCachePlan, NoSuchPlan, plan_over_cache
-from focus_compile.encoder_cache.step import BuildCacheStep
+from focus_compile.encoder_cache.step import BuildCacheCheck, BuildCacheStep
 from focus_compile.errors import FocusError, PassError, RanksError
 from focus_compile.fallback import forget, refuse
 from focus_compile.pipeline import Pipeline, plan_graph
@@ -257,7 +257,8 @@ def _over_cache(
     assert call.pipeline is not None
     step = BuildCacheStep(plan).apply(call.pipeline.gm)
     call.pipeline.dump(BuildCacheStep.name, step)
-    return CacheDispatcher(call.captured, step, plan, config, inductor_mode)
+    check = BuildCacheCheck(plan).apply(call.pipeline.gm)
+    return CacheDispatcher(call.captured, step, check, plan, config, inductor_mode)
 
 
 def _require_ranks_agree(call: BackendCall, example_inputs: Sequence[Any]) -> None:

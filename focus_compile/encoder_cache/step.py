@@ -22,7 +22,7 @@ from focus_compile.kernels.sink_capture import op as _sinks  # noqa: F401
 from focus_compile.kernels.sparse_attention import op as _sparse  # noqa: F401
 from focus_compile.passes.graph_tools import fake_of, fake_result
 
-__all__ = ["CACHE_STEP_INPUTS", "BuildCacheStep"]
+__all__ = ["CACHE_STEP_INPUTS", "BuildCacheCheck", "BuildCacheStep"]
 
 aten = torch.ops.aten
 CACHE_STEP_INPUTS = ("candidates", "keep")
@@ -43,17 +43,46 @@ class BuildCacheStep:
     def apply(self, gm: fx.GraphModule) -> fx.GraphModule:
         """A graph of (model inputs, CACHE_STEP_INPUTS, summaries) -> the model's outputs."""
         step = copy_graph_module(gm)
-        builder = _Builder(step.graph, self.plan)
-        sites, _ = whole_cache_sites(step.graph)
-        for site, layer in zip(sites, self.plan.layers, strict=True):
-            with step.graph.inserting_before(site.output):
-                attended = builder.attend(site, layer.region)
-            attended.meta["stack_trace"] = site.output.meta.get("stack_trace")
-            site.output.replace_all_uses_with(attended)
-            step.graph.erase_node(site.output)
-        step.graph.eliminate_dead_code()
-        step.recompile()
-        return step
+        for own, ours in _attended(step.graph, self.plan):
+            ours.meta["stack_trace"] = own.meta.get("stack_trace")
+            own.replace_all_uses_with(ours)
+            step.graph.erase_node(own)
+        return _cleaned(step)
+
+
+@dataclass(frozen=True)
+class BuildCacheCheck:
+    """Needs: as BuildCacheStep."""
+
+    name: ClassVar[str] = "build-cache-check"
+    plan: EncoderCachePlan = field(repr=False)
+
+    def apply(self, gm: fx.GraphModule) -> fx.GraphModule:
+        """A graph of the step's inputs -> for each layer of the plan the model's own attention, and
+        the step's of the same query, keys and values; then the model's outputs."""
+        check = copy_graph_module(gm)
+        pairs = _attended(check.graph, self.plan)
+        output = check.graph.output_node()
+        results: Any = output.args[0]
+        output.args = ((*(node for pair in pairs for node in pair), *results),)
+        return _cleaned(check)
+
+
+def _attended(graph: fx.Graph, plan: EncoderCachePlan) -> list[tuple[fx.Node, fx.Node]]:
+    """The attention of each layer of the plan, and the step's form of it, which nothing reads."""
+    builder = _Builder(graph, plan)
+    sites, _ = whole_cache_sites(graph)
+    pairs = []
+    for site, layer in zip(sites, plan.layers, strict=True):
+        with graph.inserting_before(site.output):
+            pairs.append((site.output, builder.attend(site, layer.region)))
+    return pairs
+
+
+def _cleaned(gm: fx.GraphModule) -> fx.GraphModule:
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
 
 
 class _Builder:
