@@ -45,8 +45,7 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node) -> int:
     arguments: tuple[Any, ...] = node.args
     query, key, value, score_mod, block_mask, scale = arguments[:6]
     mask_buffers = arguments[8] if len(arguments) > 8 else ()
-    for user in list(node.users):
-        _erase_unread(gm.graph, user)
+    _erase_unread(gm.graph, [user for user in node.users if user.args[1:] != (0,)])
     if not _is_identity(getattr(gm, score_mod.target)) or _uses_logsumexp(node):
         return 0
     mask_mod = getattr(gm, block_mask[MASK_MOD].target)
@@ -76,14 +75,17 @@ def _is_identity(module: fx.GraphModule) -> bool:
     return output is next(iter(module.graph.find_nodes(op="placeholder")))
 
 
-def _erase_unread(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase what is made of the node and read by nothing, as the log-sum-exp that a caller casts
-    and drops; then the node, if nothing is left."""
-    for user in list(node.users):
-        _erase_unread(graph, user)
-    writes = node.op == "call_method" and str(node.target).endswith("_")
-    if not node.users and not writes and not node.is_impure():
-        graph.erase_node(node)
+def _erase_unread(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    """Erase what is made of the nodes and read by nothing, as the log-sum-exp that a caller casts
+    and drops; then the nodes themselves, if nothing is left."""
+    made = dict.fromkeys(nodes)
+    for node in graph.nodes:
+        if any(source in made for source in node.all_input_nodes):
+            made[node] = None
+    for node in reversed(list(graph.nodes)):
+        writes = node.op == "call_method" and str(node.target).endswith("_")
+        if node in made and not node.users and not writes and not node.is_impure():
+            graph.erase_node(node)
 
 
 def _uses_logsumexp(node: fx.Node) -> bool:

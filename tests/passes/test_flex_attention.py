@@ -86,12 +86,13 @@ def test_a_log_sum_exp_that_is_cast_and_dropped() -> None:
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Any:
         attended, sums = flex_attention(q, k, v, return_lse=True)
-        sums = sums.to(v.dtype)
+        for _ in range(64):  # as many paths as a deep model has, each looked at once
+            sums, attended = sums + sums.to(v.dtype), attended + attended
         return attended
 
     gm, args, done = normalised(function, *operands())
     assert done == 1
-    expected = F.scaled_dot_product_attention(*operands())
+    expected = F.scaled_dot_product_attention(*operands()) * 2.0**64
     torch.testing.assert_close(gm(*args)[0], expected)
 
 
