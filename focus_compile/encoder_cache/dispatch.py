@@ -132,7 +132,9 @@ class CacheDispatcher:
         slot = STORE.slot(args[self.plan.weight])
         why, lasting = self._refused, False
         if why is None and not slot.lock.acquire(blocking=False):
-            why = refuse("another thread is using the model", strict=self.config.strict)
+            why = refuse(
+                "another thread is using the model's trajectory", strict=self.config.strict
+            )
         elif why is None:
             try:
                 return self._with(slot, args)
