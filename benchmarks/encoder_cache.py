@@ -62,6 +62,7 @@ class Row:
     error: of its worst row of logits against Inductor's; agreement: of its most probable tokens."""
 
     model: str
+    layers: int
     context: int
     arm: str
     keep_ratio: float | None
@@ -173,6 +174,7 @@ def measure(
 def cell(model: Any, name: str, context: int, ratios: list[float], steps: int) -> Iterator[Row]:
     """Every arm at one length, Inductor first."""
     given = inputs_for(model, context)
+    layers = model.config.text_config.num_hidden_layers
     cuda = given["decoder_input_ids"].is_cuda
     reference = None
     for keep_ratio in (None, *ratios):
@@ -206,7 +208,7 @@ def cell(model: Any, name: str, context: int, ratios: list[float], steps: int) -
         agreement = float((logits.argmax(-1) == reference.argmax(-1)).float().mean())
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
         arm = "inductor" if keep_ratio is None else f"focus, keep_ratio={keep_ratio:g}"
-        yield Row(name, context, arm, keep_ratio, took, keys, error, agreement, first, peak)
+        yield Row(name, layers, context, arm, keep_ratio, took, keys, error, agreement, first, peak)
 
 
 @app.command()
@@ -216,6 +218,7 @@ def main(
         str, typer.Option(help="1 first: all keys, as Inductor has it.")
     ] = "1,.5,.25",
     tiny: Annotated[bool, typer.Option("--tiny", help="A small model, to try it.")] = False,
+    layers: Annotated[int, typer.Option(help="Of the published 30; every sixth is full.")] = 30,
     steps: int = 20,
     device: str = "cuda",
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
@@ -223,7 +226,8 @@ def main(
     """Time a denoising step."""
     at = torch.device(device)
     dtype = torch.bfloat16 if at.type == "cuda" else torch.float32
-    model = decoder(TINY if tiny else PUBLISHED, at, dtype)
+    sizes = (TINY if tiny else PUBLISHED) | {"num_hidden_layers": layers}
+    model = decoder(sizes, at, dtype)
     name = "tiny" if tiny else "diffusion-gemma"
     table = Table("context", "arm", "step ms", "keys", "error", "same tokens", "first s", "GiB")
     rows: list[Row] = []

@@ -2,9 +2,11 @@
 
     python -m benchmarks.kernels_attention --json benchmarks/results/kernels_attention.json
     python -m benchmarks.kernels_attention --tune
+    python -m benchmarks.kernels_attention --models diffusion-gemma --lengths 32768,131072 \\
+        --rows 256 --peer efficient
 
-One layer's attention of a step: R query rows of LLaDA-8B (32 heads) or Dream-7B (28 heads on 4 kv
-heads) against a bfloat16 cache of T tokens: 256 after the prompt, 16 sinks, and the given share of
+One layer's attention of a step: R query rows of LLaDA-8B (32 heads), Dream-7B (28 heads on 4 kv
+heads) or a full layer of DiffusionGemma (16 heads on 2, 512 wide) against a bfloat16 cache of T tokens: 256 after the prompt, 16 sinks, and the given share of
 the prompt's blocks of 32. A call is the ops alone, replayed from a CUDA graph over so many caches
 that none is found in the L2 cache; every shape is first compared to float32.
 """
@@ -32,14 +34,18 @@ from focus_compile.demo import environment
 from focus_compile.kernels.split_kv import KeyList, attend, tiling_for
 from focus_compile.kernels.tiling import Tiling, choose_splits, device_limits
 
-HEADS = {"llada": (32, 32), "dream": (28, 4)}
-WIDTH = 128
+HEADS = {"llada": (32, 32, 128), "dream": (28, 4, 128), "diffusion-gemma": (16, 2, 512)}
+"""Query heads, kv heads and their width."""
 KEY_BLOCK = 32
 TAIL = 256
 SINKS = 16
 DTYPE = torch.bfloat16
 COLD_BYTES = 256 * 2**20
-PEERS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+PEERS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 Call = Callable[[], Any]
 app = typer.Typer(add_completion=False)
@@ -80,7 +86,7 @@ class Case:
 
     @classmethod
     def make(cls, model: str, length: int, rows: int, keep: float, device: str = "cuda") -> Case:
-        heads, kv_heads = HEADS[model]
+        heads, kv_heads, width = HEADS[model]
         candidates = (length - TAIL) // KEY_BLOCK
         kept = torch.randperm(candidates, device=device)[: int(keep * candidates)].sort().values
         blocks = torch.full((1, length // KEY_BLOCK), -1, device=device)
@@ -92,8 +98,8 @@ class Case:
         read[candidates * KEY_BLOCK :] = True
         limits = torch.tensor([candidates], device=device)
         keys = None if keep == 1 else KeyList(blocks, sinks[None], limits, KEY_BLOCK)
-        shape = (1, kv_heads, length, WIDTH)
-        one = 2 * kv_heads * int(read.sum()) * WIDTH * DTYPE.itemsize
+        shape = (1, kv_heads, length, width)
+        one = 2 * kv_heads * int(read.sum()) * width * DTYPE.itemsize
         caches = [
             (
                 torch.randn(shape, device=device, dtype=DTYPE),
@@ -101,12 +107,12 @@ class Case:
             )
             for _ in range(max(2, min(24, COLD_BYTES // one)))
         ]
-        q = torch.randn((1, rows, heads, WIDTH), device=device, dtype=DTYPE).transpose(1, 2)
+        q = torch.randn((1, rows, heads, width), device=device, dtype=DTYPE).transpose(1, 2)
         return cls(model, keep, q, caches, keys, read.nonzero().squeeze(1))
 
     @property
     def scale(self) -> float:
-        return WIDTH**-0.5
+        return float(self.q.shape[3] ** -0.5)
 
     @property
     def gathers(self) -> bool:
@@ -124,7 +130,7 @@ class Case:
     def sdpa(self, gathered: tuple[Tensor, Tensor], backend: SDPBackend) -> Tensor:
         """The rows of a group packed, so that keys are read once a kv head."""
         kv_heads = gathered[0].shape[1]
-        packed = self.q.reshape(1, kv_heads, -1, WIDTH)
+        packed = self.q.reshape(1, kv_heads, -1, self.q.shape[3])
         with sdpa_kernel(backend):
             out = F.scaled_dot_product_attention(packed, *gathered, scale=self.scale)
         return out.reshape(self.q.shape)
@@ -178,12 +184,12 @@ def copy_bandwidth() -> float:
 
 
 def kept_bytes(case: Case) -> int:
-    kv_heads = case.caches[0][0].shape[1]
-    return 2 * kv_heads * case.read.shape[0] * WIDTH * DTYPE.itemsize
+    _, kv_heads, _, width = case.caches[0][0].shape
+    return 2 * kv_heads * case.read.shape[0] * width * DTYPE.itemsize
 
 
 def flops(case: Case) -> int:
-    return 4 * case.q.shape[1] * case.q.shape[2] * case.read.shape[0] * WIDTH
+    return 4 * case.q[0].numel() * case.read.shape[0]
 
 
 def measure(case: Case, copy: float, backend: SDPBackend) -> Row:
@@ -220,6 +226,7 @@ def candidates(case: Case) -> Iterator[Tiling]:
     """Some tilings of a shape: rows and keys a tile, warps, stages, programs a multiprocessor."""
     packed = case.q.shape[1] // case.caches[0][0].shape[1] * case.q.shape[2]
     shapes = [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (64, 64, 8, 4)]
+    shapes += [(64, 32, 8, 2), (64, 16, 8, 3)] if case.q.shape[3] > 256 else []
     if packed <= 32:
         shapes += [(32, 64, 4, 3), (32, 64, 4, 4)]
     if packed > 64:
@@ -273,11 +280,11 @@ def numbers(text: str) -> list[float]:
 
 @app.command()
 def main(
-    models: Annotated[str, typer.Option(help="llada, dream.")] = "llada,dream",
+    models: Annotated[str, typer.Option(help="llada, dream, diffusion-gemma.")] = "llada,dream",
     lengths: Annotated[str, typer.Option(help="Tokens in the cache.")] = "8192,16384,32768",
     rows: Annotated[str, typer.Option(help="Query rows.")] = "32,64,128",
     keep: Annotated[str, typer.Option(help="Share of blocks kept; 1 is dense.")] = "1,0.5,0.25",
-    peer: Annotated[str, typer.Option(help="SDPA's backend: flash or cudnn.")] = "flash",
+    peer: Annotated[str, typer.Option(help="SDPA's backend: flash, cudnn or efficient.")] = "flash",
     tuned: Annotated[
         bool, typer.Option("--tune", help="Only time other tilings, at 8K and 32K, half kept.")
     ] = False,
