@@ -6,9 +6,10 @@
         --rows 256 --peer efficient
 
 One layer's attention of a step: R query rows of LLaDA-8B (32 heads), Dream-7B (28 heads on 4 kv
-heads) or a full layer of DiffusionGemma (16 heads on 2, 512 wide) against a bfloat16 cache of T tokens: 256 after the prompt, 16 sinks, and the given share of
-the prompt's blocks of 32. A call is the ops alone, replayed from a CUDA graph over so many caches
-that none is found in the L2 cache; every shape is first compared to float32.
+heads) or a full layer of DiffusionGemma (16 heads on 2, 512 wide) against a bfloat16 cache of T
+tokens: 256 after the prompt, 16 sinks, and the given share of the prompt's blocks of 32. A call is
+the ops alone, replayed from a CUDA graph over so many caches that none is found in the L2 cache;
+every shape is first compared to float32.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def plan_of(
     )  # fmt: skip
     if found is None:
         part = not weights and not sites_of(gm.graph, config)
-        return replace(empty, refusals=(FRAGMENT if part else _no_ids(),))
+        return replace(empty, refusals=(FRAGMENT if part else _no_ids(gm.graph),))
     ids, vocabulary = found
     batch, length = shape_of(ids)
     plan = replace(
@@ -116,9 +116,10 @@ _NOT_CAUSAL = (
 )
 
 
-def _no_ids() -> Refusal:
+def _no_ids(graph: fx.Graph) -> Refusal:
     remedy = "Call the model with input_ids; inputs_embeds holds no ids to compare between calls."
-    return Refusal("no input of token ids [batch, tokens] feeds an embedding", "", uncut(remedy))
+    reason = "no input of token ids [batch, tokens] feeds an embedding"
+    return Refusal(reason, remedy=uncut(remedy, graph))
 
 
 def _with_rows(plan: Plan, gm: fx.GraphModule, ids: fx.Node, weights: set[fx.Node]) -> Plan:
@@ -262,7 +263,7 @@ def _refusals(
         remedy = _NOT_CAUSAL if config.policy not in BLOCK_POLICIES else BLOCK_MASK_REMEDY
         return [replace(causal[0], remedy=remedy)]
     if not plan.sites:
-        return [_no_attention(matching)]
+        return [_no_attention(matching, graph)]
     if plan.length.is_Integer and plan.length < 2:
         return [Refusal("the input has fewer than 2 tokens")]
     if config.mask_token_id is not None and config.mask_token_id >= plan.vocabulary:
@@ -276,13 +277,13 @@ def _refusals(
     return []
 
 
-def _no_attention(matching: MatchAttention) -> Refusal:
+def _no_attention(matching: MatchAttention, graph: fx.Graph) -> Refusal:
     if matching.other_keys:
         nearest = matching.other_keys[0]
         remedy = "Call the model on the whole sequence, without a cache; focus_compile keeps one."
         return Refusal(f"attention reads a cache ({nearest.reason})", nearest.where, remedy)
     hint = "The nearest: " + str(matching.misses[0]) if matching.misses else ""
-    return Refusal("no attention was recognised", remedy=uncut(hint))
+    return Refusal("no attention was recognised", remedy=uncut(hint, graph))
 
 
 def _require_row_wise(sites: tuple[Site, ...], rows: set[str]) -> None:

@@ -85,6 +85,6 @@ def logits_index(graph: fx.Graph, plan: Plan) -> int | None:
         return None
     if vocabulary not in widths:
         reason = f"no output is logits over the {vocabulary} embeddings (widths {widths})"
-        remedy = uncut("Compile the whole model, head included.")
+        remedy = uncut("Compile the whole model, head included.", graph)
         raise NotTokenWise(Refusal(reason, remedy=remedy))
     return widths.index(vocabulary)
