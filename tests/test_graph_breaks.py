@@ -37,6 +37,6 @@ def test_the_line_of_the_cut_is_named_for_the_model_that_was_cut() -> None:
     found = said(Cut())
     assert where in found
     assert "in forward: torch._dynamo.graph_break()" in found
-    other = said(build(ModelSpec(attention="softcap", layers=1), 0))
+    other = said(build(ModelSpec(attention="softcap", layers=2), 0))
     assert "no attention was recognised" in other
     assert where not in other

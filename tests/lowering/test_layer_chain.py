@@ -99,7 +99,7 @@ def test_a_chain_is_its_graph(
     """For any number of rows, caches included; layers of the same code share a segment."""
     compiled = []
     monkeypatch.setattr(
-        lowering, "compile_fx", lambda graph, fakes: compiled.append(graph) or graph
+        lowering, "compile_fx", lambda graph, fakes, **_: compiled.append(graph) or graph
     )
     graph = layered(pattern, observed, passed)
     program = program_of(graph, len(pattern))
@@ -116,7 +116,7 @@ def test_what_no_region_reads_again_is_freed(monkeypatch: pytest.MonkeyPatch) ->
     made: list[weakref.ref[Tensor]] = []
     most = 0
 
-    def watched(graph: Any, fakes: list[Any]) -> Any:
+    def watched(graph: Any, fakes: list[Any], **_: Any) -> Any:
         def run(*args: Any) -> Any:
             nonlocal most
             outputs = graph(*args)
@@ -138,7 +138,7 @@ def test_what_no_region_reads_again_is_freed(monkeypatch: pytest.MonkeyPatch) ->
 def test_compiled_whole(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     compiled = []
     monkeypatch.setattr(
-        lowering, "compile_fx", lambda graph, fakes: compiled.append(graph) or graph
+        lowering, "compile_fx", lambda graph, fakes, **_: compiled.append(graph) or graph
     )
     layers = FEWEST_LAYERS - (why == "shallow")
     gm = layered([0] * layers, 0, 0)
@@ -168,9 +168,9 @@ def test_a_deep_model_by_inductor(monkeypatch: pytest.MonkeyPatch, dynamic: bool
     torch.set_num_threads(1)
     compiled, compile_fx = [], lowering.compile_fx
 
-    def counted(graph: Any, fakes: list[Any]) -> Any:
+    def counted(graph: Any, fakes: list[Any], **options: Any) -> Any:
         compiled.append(graph)
-        return compile_fx(graph, fakes)
+        return compile_fx(graph, fakes, **options)
 
     monkeypatch.setattr(lowering, "compile_fx", counted)
     model = build(ModelSpec(layers=10, output="tensor", vocab=24, hidden=16))
