@@ -221,7 +221,8 @@ def compile_graph(
     if call.refusals and call.refusals[0] == FRAGMENT:
         return plain(FRAGMENT.reason)
     if call.cache_plan is not None:
-        return _over_cache(call, call.cache_plan, config, inductor_mode)
+        over = _over_cache(call, call.cache_plan, config, inductor_mode)
+        return plain(refuse(over, strict=config.strict)) if isinstance(over, str) else over
     if call.refusals or call.plan is None or call.captured is None or call.graphs is None:
         return plain(refuse(str(call.refusals[0]), strict=config.strict))
     programs = Programs.build(call.captured, call.graphs, call.plan, config)
@@ -252,12 +253,19 @@ def _over_blocks(
 
 def _over_cache(
     call: BackendCall, plan: EncoderCachePlan, config: FocusConfig, inductor_mode: str
-) -> CacheDispatcher:
+) -> CacheDispatcher | str:
+    """The dispatcher of a forward that reads a cache, or why there is none."""
     assert call.captured is not None
     assert call.pipeline is not None
-    step = BuildCacheStep(plan).apply(call.pipeline.gm)
-    call.pipeline.dump(BuildCacheStep.name, step)
-    check = BuildCacheCheck(plan).apply(call.pipeline.gm)
+    try:
+        step = BuildCacheStep(plan).apply(call.pipeline.gm)
+        call.pipeline.dump(BuildCacheStep.name, step)
+        check = BuildCacheCheck(plan).apply(call.pipeline.gm)
+    except FocusError:
+        raise
+    except Exception as error:  # a bug of ours must not stop the user's program
+        log.debug("the step over a cache could not be built", exc_info=True)
+        return str(_failed(error))
     return CacheDispatcher(call.captured, step, check, plan, config, inductor_mode)
 
 

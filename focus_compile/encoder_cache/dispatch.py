@@ -42,6 +42,7 @@ _INFERENCE_CACHE = (
     "the cache was made in torch.inference_mode(), which hides changes of it. Generate under "
     "torch.no_grad()."
 )
+_OTHER_LENGTHS = "caches of layers differ in length, or are shorter than a key block"
 _NO_ROOM = "a step over the cache ran out of memory. Decode fewer or shorter sequences at once."
 
 
@@ -157,7 +158,7 @@ class CacheDispatcher:
             reason = refuse(_INFERENCE_CACHE, strict=self.config.strict)
             return self.exact(*args), "exact", reason, None
         if not self._fits(args):
-            return self.exact(*args), "exact", "caches of layers differ in length", None
+            return self.exact(*args), "exact", _OTHER_LENGTHS, None
         why = self._why_new(held, keys, args)
         slot.trajectory = None  # so that nothing torn survives
         if why is None and held is not None:
@@ -175,9 +176,11 @@ class CacheDispatcher:
         return outputs, "refresh", str(why), None
 
     def _fits(self, args: Sequence[Any]) -> bool:
-        """Whether caches that were as long as each other when traced still are."""
+        """Whether caches that were as long as each other when traced still are, and hold blocks."""
         pairs = [(args[layer.key].shape, args[layer.value].shape) for layer in self.plan.layers]
-        return all(key == value and key[2] == pairs[0][0][2] for key, value in pairs)
+        held = pairs[0][0][2]
+        alike = all(key == value and key[2] == held for key, value in pairs)
+        return alike and held >= self.plan.key_block
 
     def _why_new(
         self, held: SummarisedCache | None, keys: Sequence[Tensor], args: Sequence[Any]

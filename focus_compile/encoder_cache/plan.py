@@ -129,6 +129,8 @@ def plan_over_cache(captured: Capture, gm: fx.GraphModule, config: FocusConfig) 
             f"{len(sites)} of its layers read the whole cache, and dense_layers, the sink capture "
             "and dense_tail_layers leave none to read a part"
         )
+    if sites[0].key.held < config.key_block:
+        raise NoSuchPlan(f"its {sites[0].key.held} keys fill no block of {config.key_block}")
     places = {node: at for at, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     layers = tuple(
         _layer(site, region, places) for site, region in zip(sites, regions, strict=True)

@@ -207,6 +207,36 @@ def test_what_has_no_form_is_told(more: dict[str, Any], why: str) -> None:
     assert why in line
 
 
+@pytest.mark.parametrize("form", ["copy", "cat"])
+def test_a_cache_that_fills_no_block_is_read_whole(form: str) -> None:
+    torch.compiler.reset()
+    model, cache = Decoder(LAYERS, form).eval(), Cache.random(1, [BLOCK - 1] * LAYERS, BLOCK - 1)
+    compiled = torch.compile(model, backend="focus", options=options(strict=False))
+    with pytest.warns(FocusWarning, match=r"its 3 keys fill no block of 4"):
+        out, entry = run(compiled, ids_of(1, 0), cache, None)
+    assert torch.equal(out, exactly(model, ids_of(1, 0), cache, None))
+    assert entry.program == "exact"
+
+
+@pytest.mark.parametrize("form", ["copy", "cat"])
+def test_masks_of_heads_and_of_the_lowest_number(form: str) -> None:
+    model, cache = Decoder(LAYERS, form).eval(), Cache.random(2, [24] * LAYERS, 24)
+    generator = torch.Generator().manual_seed(0)
+    some = torch.rand(2, 4, OWN, 24 + OWN, generator=generator) < 0.7
+    some[..., -1] = True
+    lowest = torch.zeros(1, 1, OWN, 24 + OWN)
+    lowest[..., :7] = torch.finfo(torch.float32).min
+    own_only = torch.zeros(2, 1, 1, 24 + OWN, dtype=torch.bool)
+    own_only[..., 24:] = True
+    for mask in (some, lowest, own_only):
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend="focus", options=options(keep_ratio=1.0))
+        for seed in range(3):
+            out, entry = run(compiled, ids_of(2, seed), cache, mask)
+            assert entry.program == ("step" if seed else "refresh")
+            same(out, exactly(model, ids_of(2, seed), cache, mask))
+
+
 def test_inductor_gives_the_same_for_every_length_of_the_cache() -> None:
     torch.compiler.reset()
     model = Decoder(3, "copy").eval()
