@@ -1,7 +1,7 @@
 """What a step costs with its sampler: beside the compiled model, and compiled with it.
 
     python -m benchmarks.sampler_tail --json benchmarks/results/sampler_tail_cpu.json
-    python -m benchmarks.sampler_tail --shape llada --contexts 8192,32768 --device cuda
+    python -m benchmarks.sampler_tail --shape llada --layers 4 --contexts 8192,32768 --device cuda
 
 The sampler is LLaDA's: softmax in float64 over all rows, the probability of the most probable
 token, the best masked position decoded. Random weights: milliseconds of a step, nothing about
@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 import focus_compile
-from benchmarks.suite.shapes import SHAPES, build
+from benchmarks.suite.shapes import SHAPES, Shape, build
 from focus_compile.demo import environment
 
 RESPONSE = 64
@@ -39,13 +39,14 @@ console = Console(width=120)
 @dataclass(frozen=True)
 class Row:
     """Of one arm at one length. sampler_ms: what a step takes beyond the compiled model alone;
-    peak_gib: of GPU memory."""
+    None both where memory did not suffice. peak_gib: of GPU memory."""
 
     shape: str
+    layers: int
     context: int
     arm: str
-    step_ms: float
-    sampler_ms: float
+    step_ms: float | None
+    sampler_ms: float | None
     peak_gib: float | None
 
 
@@ -71,8 +72,7 @@ def measure(step: Callable[[Tensor], Tensor], ids: Tensor, steps: int) -> list[f
     return found[WARM:]
 
 
-def cell(shape_name: str, context: int, device: torch.device, steps: int) -> list[Row]:
-    shape = SHAPES[shape_name]
+def cell(shape: Shape, context: int, device: torch.device, steps: int) -> list[Row]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = build(shape, device, dtype)
     mask = shape.mask_token_id
@@ -106,12 +106,18 @@ def cell(shape_name: str, context: int, device: torch.device, steps: int) -> lis
     for name, step in arms.items():
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        took = sampler = None
         with torch.no_grad(), focus_compile.record() as history:
-            took = statistics.median(measure(step, ids.to(device), steps))
-        assert [call.program for call in history[1:]] == ["step"] * (len(history) - 1), history
+            try:
+                took = statistics.median(measure(step, ids.to(device), steps))
+            except torch.OutOfMemoryError as error:
+                console.print(f"{name}, {context}: {str(error).splitlines()[0]}")
+        if took is not None:
+            assert [call.program for call in history[1:]] == ["step"] * (len(history) - 1), history
+            alone_ms = rows[0].step_ms if rows else took
+            sampler = None if alone_ms is None else took - alone_ms
         peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-        sampler = took - rows[0].step_ms if rows else 0.0
-        rows.append(Row(shape_name, context, name, took, sampler, peak))
+        rows.append(Row(shape.name, shape.layers, context, name, took, sampler, peak))
         torch.compiler.reset()
     return rows
 
@@ -121,6 +127,7 @@ def main(
     shape: Annotated[
         str, typer.Option(help="Of the benchmark suite: tiny, llada, dream.")
     ] = "tiny",
+    layers: Annotated[int, typer.Option(help="Fewer; the sampler knows nothing of them.")] = 99,
     contexts: Annotated[str, typer.Option(help="Prompt tokens.")] = "1024,4096",
     device: str = "cpu",
     steps: Annotated[int, typer.Option(min=1, max=RESPONSE - WARM - 1)] = 30,
@@ -130,7 +137,9 @@ def main(
     rows = [
         row
         for context in contexts.split(",")
-        for row in cell(shape, int(context), torch.device(device), steps)
+        for row in cell(
+            SHAPES[shape].with_layers(layers), int(context), torch.device(device), steps
+        )
     ]
     table = Table(title="a step with its sampler")
     for name in Row.__dataclass_fields__:

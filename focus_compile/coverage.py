@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -165,9 +165,19 @@ def build(name: str, implementation: str = "sdpa", **options: Any) -> nn.Module:
     return made.eval()
 
 
-def cover(device: str = "cpu", lowering: str = "eager", jobs: int = 1) -> Iterator[Coverage]:
-    """Try every family in every implementation, one result at a time, in `jobs` processes."""
-    cells = [(*cell, device, lowering) for cell in _cells()]
+def cover(
+    device: str = "cpu",
+    lowering: str = "eager",
+    jobs: int = 1,
+    families: Sequence[str] = tuple(FAMILIES),
+    implementations: Sequence[str] = IMPLEMENTATIONS,
+) -> Iterator[Coverage]:
+    """Try families in implementations, one result at a time, in `jobs` processes."""
+    cells = [
+        (name, implementation, attention, device, lowering)
+        for name, implementation, attention in _cells()
+        if name in families and implementation in implementations
+    ]
     if jobs == 1:
         yield from (_tried(cell) for cell in cells)
         return
@@ -270,6 +280,13 @@ def _why_not_stepped(records: list[StepRecord]) -> str:
     return exact[0] if exact else "" if records else "no graph reached the backend"
 
 
+def _chosen(text: str, known: Collection[str]) -> list[str]:
+    names = text.split(",")
+    if unknown := set(names) - set(known):
+        raise typer.BadParameter(f"{', '.join(unknown)}: known are {', '.join(known)}")
+    return names
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -278,6 +295,8 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     lowering: Annotated[str, typer.Option(help="eager, or inductor as in use.")] = "eager",
     jobs: Annotated[int, typer.Option(min=1, help="Processes to try them in.")] = 1,
+    families: Annotated[str, typer.Option(help="Of them only.")] = ",".join(FAMILIES),
+    implementations: Annotated[str, typer.Option(help="Likewise.")] = ",".join(IMPLEMENTATIONS),
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the result here.")
@@ -289,10 +308,11 @@ def main(
 
     from focus_compile.demo import environment
 
+    chosen = _chosen(families, FAMILIES), _chosen(implementations, IMPLEMENTATIONS)
     console = Console()
     found: list[Coverage] = []
     with console.status("compiling tiny models") as status:
-        for one in cover(device, lowering, jobs):
+        for one in cover(device, lowering, jobs, *chosen):
             found.append(one)
             status.update(f"{one.family}, {one.implementation}, {one.attention}: {one.outcome}")
     if markdown:
