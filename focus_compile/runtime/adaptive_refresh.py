@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ __all__ = ["GROWTH", "Renewed", "forget_ages", "judge_all", "renew"]
 
 GROWTH = 3
 """How many times as many rows are renewed where the first ones leave too large an error."""
+ROW_TILE = defaultdict(lambda: 128, cpu=32)
+"""Rows are padded to a multiple of so many, by kind of device: many rows are bound by arithmetic,
+one program serves any number of them, and none is captured as a graph."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def renew(
     active[:, -1] |= ~active.any(1)
     counts = active.sum(1)
     length, device = t.ids.shape[1], t.ids.device
-    bucket = bucket_for(int(counts.max()), config.buckets, length, device.type)
+    bucket = bucket_for(int(counts.max()), (ROW_TILE[device.type],), length, device.type)
     rows = pack_rows(active, active, bucket).rows
     slots = active.cumsum(1) - 1
     readers = _some(_readers(t, active), active, MOST_READERS)

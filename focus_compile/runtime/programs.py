@@ -237,7 +237,13 @@ def _partial(
     }
     own = [InputSpec(name, (plan.batch, counts[name])) for name in PARTIAL_INPUTS]
     return Program(
-        "partial refresh", graphs.partial, [*inputs, *own, *state], lowering, labels=plan.labels
+        "partial refresh",
+        graphs.partial,
+        [*inputs, *own, *state],
+        lowering,
+        # It would move reads of the caches behind the writes, which then copy whole caches.
+        {"reorder_for_locality": False},
+        labels=plan.labels,
     )
 
 

@@ -284,6 +284,26 @@ def test_many_rows(device: str, mask: str) -> None:
         torch.testing.assert_close(out.cpu().double(), exact(problem), rtol=rough, atol=rough)
 
 
+@each_device
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 128), (6, 2, 64), (3, 1, 40)])
+def test_many_rows_and_their_normaliser(device: str, heads: int, kv_heads: int, width: int) -> None:
+    torch.manual_seed(0)
+    for dtype in DOT_DTYPES[device]:
+        rows, length = dense_kernel.MANY_ROWS + 8, 150
+        q = normal(2, heads, rows, width, dtype=dtype)
+        k, v = (
+            lay_out(normal(2, kv_heads, length, width, dtype=dtype), "heads-inside")
+            for _ in range(2)
+        )
+        problem = Problem(q, k, v, None, torch.ones(2, rows), width**-0.5)
+        p = on(problem, device)
+        out, lse = dense_kernel.attention_with_lse(p.q, p.k, p.v, None, p.scale)
+        assert out.is_contiguous()
+        assert lse.is_contiguous()
+        assert_as_accurate(out.cpu(), exact(problem), plain_attention(problem), problem.v)
+        torch.testing.assert_close(lse.cpu(), normaliser(problem).float(), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("width", [128, 512])

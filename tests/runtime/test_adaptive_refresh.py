@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._inductor.utils import run_and_get_code
 
 import focus_compile
 from focus_compile.fallback import FocusWarning
@@ -145,3 +147,14 @@ def test_other_policies_of_blocks_have_none() -> None:
     """A finished block of a block-causal model is final."""
     with pytest.raises(focus_compile.OptionError, match="refresh"):
         focus_compile.compile(tiny_model(), policy="focus-dllm+evict", refresh="adaptive")
+
+
+def test_keys_and_values_are_written_where_they_lie() -> None:
+    """No cache is copied: attention reads what came in. Inductor would move the probes' reads
+    behind the writes, which then need copies."""
+    focus = compiled(tiny_model(), lowering="inductor", **ADAPTIVE)
+    _, sources = run_and_get_code(lambda: run_call(focus, prompt(masks=8, length=40)))
+    source = next(source for source in sources if "staleness.default(" in source)
+    read = re.findall(r"attention_with_lse\.default\(\w+, (\w+), (\w+),", source)
+    assert len(read) == 2
+    assert all(name.startswith("arg") for names in read for name in names), read

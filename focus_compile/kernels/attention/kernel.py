@@ -6,11 +6,13 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from focus_compile.kernels.attention import cpu
 from focus_compile.kernels.split_kv import attend
 
+_CUDNN = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 # With more query rows than this the rows alone fill the device, and cuDNN is faster.
 MANY_ROWS = 512
 
@@ -31,8 +33,18 @@ def attention_with_lse(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See op.py."""
+    if q.shape[2] > MANY_ROWS and mask is None and q.is_cuda:
+        packed = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+        if _cudnn_takes(packed, k, v):
+            out, lse = _CUDNN(packed, k, v, None, True, scale=scale)[:2]
+            return out.reshape(q.shape).contiguous(), lse.reshape(q.shape[:3]).contiguous()
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     return attend(q, k, v, mask, scale, lse=lse), lse
+
+
+def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    asked = SDPAParams(q, k, v, None, 0.0, False, False)
+    return torch.cuda.get_device_capability(q.device) >= (9, 0) and can_use_cudnn_attention(asked)
 
 
 @contextlib.contextmanager

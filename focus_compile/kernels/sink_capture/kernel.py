@@ -73,6 +73,36 @@ def attention_received(
 
     Summed over rows and over the heads of each of P parts. Beyond the limit it may be 0 instead.
     """
+    return _received(q, k, lse, weight, mask, limit, None, scale)[0]
+
+
+def attention_received_and_given(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    to: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`attention_received` by all positions, and what each row gives to the positions of `to`, bool
+    [B, T]: [B, H, R] float32, not weighted."""
+    everything = torch.full((q.shape[0],), k.shape[2], device=q.device)
+    received, given = _received(q, k, lse, weight, mask, everything, to, scale)
+    return received, given.sum(0)
+
+
+def _received(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    limit: Tensor,
+    to: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention received [B, P, T], and given to `to` by key tile [tiles, B, H, R] (else empty)."""
     batch, heads, rows, width = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
     group = heads // kv_heads
@@ -82,26 +112,29 @@ def attention_received(
     heads_a_part = triton.cdiv(kv_heads, min(kv_heads, triton.cdiv(_PROGRAMS, batch * tiles)))
     parts = triton.cdiv(kv_heads, heads_a_part)
     out = torch.empty((batch, parts, length), dtype=torch.float32, device=q.device)
+    given = out.new_empty((tiles, batch, heads, rows) if to is not None else 0)
+    counted = out if to is None else to.contiguous().view(torch.uint8)
     kind, viewed = mask_view(mask, q, length)
     mask = q if viewed is None else viewed
     shared = kind == "none" or mask.stride(1) == mask.stride(2) == 0
     stage = (keys + row_tile) * channels * q.element_size()  # in bytes
     stage += 0 if shared else keys * row_tile * mask.element_size()
     _received_kernel[(tiles, parts, batch)](
-        q, k, lse, weight, mask, limit, out,
+        q, k, lse, weight, mask, limit, counted, out, given,
         rows, length, kv_heads, heads_a_part, scale * 1.4426950408889634,
         *q.stride(), *k.stride(), *lse.stride(), *weight.stride(), *mask.stride(), limit.stride(0),
         GROUP=group,
         WIDTH=width,
         MASK=kind,
         ONE_ROW_MASK=shared,
+        GIVEN=to is not None,
         D=channels,
         ROWS=row_tile,
         KEYS=keys,
         STAGES=min(max(_SHARED_MEMORY // stage, 1), 3),
         num_warps=8 if keys * row_tile >= 8192 else 4,
     )  # fmt: skip
-    return out
+    return out, given
 
 
 def _tiles(size: int, length: int, rows: int) -> tuple[int, int]:
@@ -119,7 +152,9 @@ def _received_kernel(
     weight_ptr: tl.tensor,
     mask_ptr: tl.tensor,
     limit_ptr: tl.tensor,
+    to_ptr: tl.tensor,
     parts_ptr: tl.tensor,
+    given_ptr: tl.tensor,
     rows: tl.tensor,
     length: tl.tensor,
     kv_heads: tl.tensor,
@@ -147,6 +182,7 @@ def _received_kernel(
     WIDTH: tl.constexpr,
     MASK: tl.constexpr,
     ONE_ROW_MASK: tl.constexpr,
+    GIVEN: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -169,8 +205,13 @@ def _received_kernel(
     if ONE_ROW_MASK:
         if MASK != "none":
             places = tl.arange(0, KEYS).to(tl.int64) * mask_t
-            key_bias = _bias(mask_ptr + places, key < length, MASK)[:, None]
+            key_bias = bias(mask_ptr + places, key < length, MASK)[:, None]
 
+    if GIVEN:
+        counts = tl.load(to_ptr + b * length + key, mask=key < length, other=0).to(tl.float32)
+        given_ptr += (
+            (tl.program_id(0).to(tl.int64) * tl.num_programs(2) + b) * kv_heads * GROUP * rows
+        )
     packed_rows = GROUP * rows
     row_tiles = tl.cdiv(packed_rows, ROWS)
     work = tl.minimum(heads_a_part, kv_heads - part * heads_a_part) * row_tiles
@@ -194,7 +235,7 @@ def _received_kernel(
         )
         lse_place = b * lse_b + head * lse_h + row * lse_r
         lse = tl.load(lse_ptr + lse_place, mask=real, other=float("inf"))
-        lse = tl.where(lse == -float("inf"), float("inf"), _base_2(lse))
+        lse = tl.where(lse == -float("inf"), float("inf"), base_2(lse))
         weight = tl.load(weight_ptr + b * weight_b + row * weight_r, mask=real, other=0.0)
         logits = tl.dot(keys, tl.trans(queries), input_precision="tf32x3") * scale
         if MASK != "none":
@@ -204,24 +245,27 @@ def _received_kernel(
                 of_row = head.to(tl.int64) * mask_h + row.to(tl.int64) * mask_r
                 places = tl.arange(0, KEYS).to(tl.int64)[:, None] * mask_t + of_row[None, :]
                 inside = (key < length)[:, None] & real[None, :]
-                logits += _bias(mask_ptr + places, inside, MASK)
+                logits += bias(mask_ptr + places, inside, MASK)
         probability = tl.exp2(logits - lse[None, :])
         received += tl.sum(probability * weight.to(tl.float32)[None, :], 1)
+        if GIVEN:
+            given = tl.sum(probability * counts[:, None], 0)
+            tl.store(given_ptr + head * rows + row, given, mask=real)
     place = (b * tl.num_programs(1) + part) * length + key
     tl.store(parts_ptr + place, received, mask=key < length)
 
 
 @triton.jit
-def _bias(mask_ptr: tl.tensor, inside: tl.tensor, MASK: tl.constexpr) -> tl.tensor:
+def bias(mask_ptr: tl.tensor, inside: tl.tensor, MASK: tl.constexpr) -> tl.tensor:
     """What a mask adds to logits in powers of two."""
     value = tl.load(mask_ptr, mask=inside, other=0)
     if MASK == "bool":
         return tl.where(value != 0, 0.0, -float("inf"))
     value = value.to(tl.float32)
-    return tl.where(value == -float("inf"), value, _base_2(value))
+    return tl.where(value == -float("inf"), value, base_2(value))
 
 
 @triton.jit
-def _base_2(value: tl.tensor) -> tl.tensor:
+def base_2(value: tl.tensor) -> tl.tensor:
     """Finite logits in powers of two. Masks reach down to finfo.min, which must stay finite."""
     return tl.maximum(value * 1.4426950408889634, -3.0e38)

@@ -30,7 +30,7 @@ def staleness(
     output = rows_of(out, readers).to(precise)
     normaliser = rows_of(lse[..., None], readers).to(precise)
     normaliser = normaliser.masked_fill(normaliser == -torch.inf, torch.inf)
-    seen = _mask_of(mask, q, readers)
+    seen = mask_of(mask, q, readers)
     weight = reader_weight.to(precise)[:, None, :, None]
     left = left.to(precise)[:, None, None, :]
     step = max(1, _CHUNK_ELEMENTS // max(1, k.shape[2] * group * readers.shape[1] * batch))
@@ -43,7 +43,7 @@ def staleness(
         share = part.probability(k[:, kv], mask_of_part)
         received += (share * weight).sum((1, 2))
         of_left = (share * left).sum(-1, keepdim=True)
-        at_probes = _at(mask_of_part, positions)
+        at_probes = mask_at(mask_of_part, positions)
         o, w = output[:, of_q], probe_weight.to(precise)[:, None, None, :]
         old = part.probability(old_k[:, kv], at_probes) * w
         new = part.probability(new_k[:, kv], at_probes) * w
@@ -88,16 +88,21 @@ def rows_of(values: Tensor, rows: Tensor) -> Tensor:
     return values.gather(2, rows[:, None, :, None].expand(batch, heads, -1, width))
 
 
-def _mask_of(mask: Tensor | None, q: Tensor, readers: Tensor) -> Tensor | None:
+def mask_of(mask: Tensor | None, q: Tensor, readers: Tensor) -> Tensor | None:
     """The mask of the readers, [B, H, N, T or 1]."""
-    return None if mask is None else rows_of(mask.expand(*q.shape[:3], mask.shape[-1]), readers)
+    if mask is None:
+        return None
+    mask = mask.expand(*q.shape[:3], -1)
+    if mask.stride(2) == 0:  # rows that are alike need no copies
+        return mask[:, :, :1].expand(-1, -1, readers.shape[1], -1)
+    return rows_of(mask, readers)
 
 
 def _part(mask: Tensor | None, heads: slice) -> Tensor | None:
     return None if mask is None else mask[:, heads]
 
 
-def _at(mask: Tensor | None, positions: Tensor) -> Tensor | None:
+def mask_at(mask: Tensor | None, positions: Tensor) -> Tensor | None:
     """The mask at positions int64 [B, P]."""
     if mask is None or mask.shape[-1] == 1:
         return mask

@@ -122,4 +122,5 @@ _OP = define_op(
     " Tensor probe_weight, Tensor? mask, float scale) -> (Tensor, Tensor)",
     folder="staleness",
     fake=_fake,
+    kernel=True,
 )
